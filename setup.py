@@ -56,7 +56,7 @@ setup(
         "typer",
     ],
     extras_require={
-        # Without an accelerator: these pins, then `pip install --no-deps -r requirements/sglang.txt` (see the Makefile).
+        # Without an accelerator: these pins, then `pip install --no-deps -r requirements/sglang.txt` (see Makefile).
         "cpu": requirements("cpu"),
         "cuda": requirements("sglang"),
         "train": ["accelerate"],

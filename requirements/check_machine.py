@@ -1,4 +1,7 @@
-"""Refuses a machine on which `make install` cannot succeed. Standard library only: it runs before the environment exists."""
+"""Refuses a machine on which `make install` cannot succeed.
+
+Standard library only: it runs before the environment exists.
+"""
 
 from __future__ import annotations
 
