@@ -4,4 +4,9 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(name="dspark", help=__doc__, no_args_is_help=True)
+from dspark_serving.cli.assets import assets_app
+from dspark_serving.cli.demo import demo
+
+app = typer.Typer(no_args_is_help=True, help="DSpark drafters on SGLang.", pretty_exceptions_enable=False)
+app.add_typer(assets_app, name="assets")
+app.command()(demo)
