@@ -144,9 +144,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, seconds:
 
 
 def _last_complaint(log: Path) -> str:
-    """The last line of a log that names an exception, else its last line."""
+    """The last line of a log that names an error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    named = [line for line in lines if re.match(r"dspark: error|[\w.]*(Error|Exception)\b", line)]
     return (named or lines or ["its log is empty"])[-1]
 
 

@@ -89,9 +89,9 @@ def ensure(
     Raises:
         EnvironmentMismatchError: the disk is full or read-only, or another process holds the lock for half an hour.
     """
-    if damage(directory, recipe, check_hashes=check_hashes) is None:
-        return directory
     try:
+        if damage(directory, recipe, check_hashes=check_hashes) is None:
+            return directory
         directory.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(directory.with_name(f".{directory.name}.lock"), timeout=_LOCK_SECONDS):
             found = damage(directory, recipe, check_hashes=check_hashes)  # another process may have built it meanwhile
