@@ -1,0 +1,9 @@
+"""Reads published drafters into one description and refuses what cannot be served."""
+
+from __future__ import annotations
+
+from dspark_serving.drafters.fit import check_fit
+from dspark_serving.drafters.spec import DrafterSpec, read_spec
+from dspark_serving.drafters.weights import check_weights
+
+__all__ = ["DrafterSpec", "check_fit", "check_weights", "read_spec"]

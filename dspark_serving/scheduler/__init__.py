@@ -1,0 +1,1 @@
+"""Decides how many drafted tokens of each request are verified; pure, knows no serving engine."""

@@ -1,0 +1,1 @@
+"""The only package that imports SGLang: entry points, hooks, worker, and what a CPU-only machine needs."""

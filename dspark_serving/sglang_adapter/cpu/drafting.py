@@ -1,0 +1,135 @@
+"""The draft pass on CPU: one vocabulary projection for the whole block, then gamma small Markov steps.
+
+SGLang's own chain draws Philox noise over the whole vocabulary at every step, greedy or not; written in torch it costs
+ten times the draft layers. This one also knows drafters with a reduced vocabulary (`draft_vocab.json`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.speculative.dspark_components.dspark_draft import DraftBlockResult, DraftProposal, resolve_draft_params
+from torch.nn.functional import linear
+
+from dspark_serving.sglang_adapter.proposer import PolicyProposer
+
+
+class SampledBlock(DraftBlockResult, frozen=True):
+    """A drafted block that carries the distributions its tokens were drawn from."""
+
+    draft_probs: torch.Tensor | None = None
+    """[B, gamma, V] fp32; rejection must use these and nothing recomputed (DeepSpec issue 31)."""
+
+
+class Chain(NamedTuple):
+    """Tokens drafted for B requests."""
+
+    tokens_BG: torch.Tensor
+    probs_BGV: torch.Tensor | None
+    """Distributions over the full vocabulary; None when every request is greedy."""
+
+
+class DraftChain:
+    """Samples a block left to right: p_k = softmax(base_k + bias(x_{k-1})) (DSpark paper, section 3).
+
+    Args:
+        head_VD: rows of the target's output head, for the ids of `token_ids` or for the whole vocabulary.
+        markov_head: SGLang's module of the drafter; its output rows are cut down to `token_ids` in place.
+        vocab_size: size of the full vocabulary.
+        token_ids: ascending ids that the drafter may propose; None for all.
+    """
+
+    def __init__(
+        self, head_VD: torch.Tensor, markov_head: Any, vocab_size: int, token_ids: torch.Tensor | None
+    ) -> None:
+        self._head_VD = head_VD if token_ids is None else head_VD[token_ids].contiguous()
+        self._markov_head = markov_head
+        self._vocab_size = vocab_size
+        self._token_ids = token_ids
+        if token_ids is not None:
+            rows = markov_head.markov_w2.weight[token_ids].contiguous()
+            markov_head.markov_w2.weight = torch.nn.Parameter(rows, requires_grad=False)
+
+    def draft(
+        self,
+        hidden_BGD: torch.Tensor,
+        anchors_B: torch.Tensor,
+        temperatures_B: torch.Tensor,
+        greedy_B: torch.Tensor,
+    ) -> Chain:
+        """Draft gamma tokens a request; rows of `greedy_B` take the most probable token at every step."""
+        base_BGV = linear(hidden_BGD.to(self._head_VD.dtype), self._head_VD)
+        all_greedy = bool(greedy_B.all())
+        state = self._markov_head.init_state(hidden_BGD)
+        previous_B, tokens, probs = anchors_B, [], []
+        for step in range(hidden_BGD.shape[1]):
+            bias_BV, state = self._markov_head.step_bias(previous_B, hidden_states=hidden_BGD[:, step], state=state)
+            logits_BV = base_BGV[:, step].float() + bias_BV
+            index_B = logits_BV.argmax(dim=1)
+            if not all_greedy:
+                probs.append((logits_BV / temperatures_B[:, None]).softmax(dim=1))
+                drawn_B = torch.multinomial(probs[-1], 1).squeeze(1)
+                index_B = torch.where(greedy_B, index_B, drawn_B)
+            previous_B = index_B if self._token_ids is None else self._token_ids[index_B]
+            tokens.append(previous_B)
+        return Chain(torch.stack(tokens, dim=1), None if all_greedy else self._to_full_vocabulary(probs))
+
+    def _to_full_vocabulary(self, probs: list[torch.Tensor]) -> torch.Tensor:
+        probs_BGV = torch.stack(probs, dim=1)
+        if self._token_ids is None:
+            return probs_BGV
+        full_BGV = probs_BGV.new_zeros(*probs_BGV.shape[:2], self._vocab_size)
+        full_BGV[..., self._token_ids] = probs_BGV
+        return full_BGV
+
+
+class CpuProposer(PolicyProposer):
+    """Runs the draft layers through SGLang's model runner and the chain above; `chain` is set by the worker."""
+
+    chain: DraftChain
+
+    def propose(self, **kwargs: Any) -> DraftProposal:
+        """Draft one block for each request of the batch (SGLang's keyword arguments)."""
+        if not self.policy.drafts:
+            return super().propose(**kwargs)
+        bs, sampling_info, target_model = kwargs["bs"], kwargs["sampling_info"], kwargs["target_model"]
+        forward = self._run_forward(
+            batch=kwargs["batch"],
+            draft_input=kwargs["draft_input"],
+            verify_window=kwargs["verify_window"],
+            bs=bs,
+            device=kwargs["device"],
+            embed_module=target_model.get_input_embeddings(),
+            anchor_prepared=kwargs.get("anchor_prepared", False),
+        )
+        anchors_B = forward.draft_block_ids[:, 0]
+        params = resolve_draft_params(sampling_info=sampling_info, bs=bs, device=anchors_B.device)
+        with torch.inference_mode():
+            chain = self.chain.draft(forward.draft_hidden_3d, anchors_B, params.temperatures, params.greedy_mask)
+            confidence = confidence_raw = None
+            if self.draft_model.confidence_head is not None:
+                confidence, confidence_raw = self.draft_model.compute_confidence(
+                    anchor_tokens=anchors_B, draft_tokens=chain.tokens_BG, confidence_features=forward.raw_hidden
+                )
+        block = SampledBlock(
+            draft_tokens=chain.tokens_BG,
+            corrected_logits=None,
+            greedy_mask=params.greedy_mask,
+            temperatures=params.temperatures,
+            greedy_draft=chain.probs_BGV is None,
+            draft_probs=chain.probs_BGV,
+        )
+        return DraftProposal(
+            draft_block_ids=forward.draft_block_ids,
+            draft_block=block,
+            confidence=confidence,
+            confidence_raw=confidence_raw,
+        )
+
+
+def sampled_probabilities(original: Any, draft_block: DraftBlockResult, vocab: int, device: Any) -> torch.Tensor:
+    """Around SGLang's `_draft_probs`: a block sampled here brings the very distributions it was drawn from."""
+    if isinstance(draft_block, SampledBlock) and draft_block.draft_probs is not None:
+        return draft_block.draft_probs
+    return original(draft_block, vocab, device)

@@ -1,0 +1,59 @@
+"""Switches the CPU parts on: the attention backend in every process, the drafter's in the worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dspark_serving.drafters import DrafterSpec
+from dspark_serving.errors import EnvironmentMismatchError
+
+
+def register_backend() -> None:
+    """Put our attention backend under the name torch_native, and allow it for drafters; in every process."""
+    from sglang.srt.arg_groups.choices import DRAFT_ATTENTION_BACKEND_CHOICES, add_draft_attention_backend_choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    def create(runner: Any) -> Any:
+        from dspark_serving.sglang_adapter.cpu.attention import BatchedTorchNativeBackend
+
+        return BatchedTorchNativeBackend(runner)
+
+    register_attention_backend("torch_native")(create)
+    if "torch_native" not in DRAFT_ATTENTION_BACKEND_CHOICES:
+        add_draft_attention_backend_choices(["torch_native"])
+
+
+def prepare_worker(worker: Any, spec: DrafterSpec) -> None:
+    """Give the worker's proposer its chain and keep its draft layers off CUDA-only kernels.
+
+    Raises:
+        EnvironmentMismatchError: the target's head is split over several ranks.
+    """
+    from dspark_serving.sglang_adapter.cpu.drafting import DraftChain
+
+    for layer in worker.draft_model.layers:
+        layer.self_attn.use_table_qk_norm_rope = False
+    head = worker.draft_model.lm_head
+    if getattr(head, "tp_size", 1) != 1:
+        raise EnvironmentMismatchError(
+            "DSPARK without an accelerator runs on one rank", expected="--tp-size 1", fix="Drop --tp-size."
+        )
+    token_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
+    head_VD = head.weight.data[: spec.vocab_size]
+    worker._proposer.chain = DraftChain(head_VD, worker.draft_model.markov_head, spec.vocab_size, token_ids)
+
+
+class _HostTensor(torch.Tensor):
+    """A tensor on the host, where there are no streams to record."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def record_stream(self, stream: object) -> None:
+        """Nothing to do: the host runs in order."""
+
+
+def without_stream(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor with a `record_stream` that does nothing; results of operations on it are plain tensors."""
+    return tensor.as_subclass(_HostTensor)

@@ -1,0 +1,72 @@
+"""What runs at each hook of the table in hooks.py. SGLang's heavy modules are imported only when a handler runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from dspark_serving import __version__
+from dspark_serving.sglang_adapter import options, resolution
+
+logger = logging.getLogger(__name__)
+
+
+def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """After ServerArgs.add_cli_args: our flags."""
+    options.add_cli_args(parser)
+
+
+def from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
+    """After ServerArgs.from_cli_args: our options, and a free port."""
+    options.attach(result, args)
+    resolution.check_port(result.host, result.port)
+
+
+def before_resolution(server_args: Any) -> None:
+    """Before ServerArgs.resolve_once."""
+    if not getattr(server_args, "_resolution_finished", False):
+        resolution.prepare(server_args, options.config_of(server_args))
+
+
+def handle_dspark(original: Callable[[Any], None], server_args: Any) -> None:
+    """Around SGLang's resolution of DSPARK, which looks at the device's name and nothing else of it."""
+    resolution.resolve_as_cuda(original, server_args)
+
+
+def create_worker(original: Callable[..., type], self: Any, server_args: Any) -> type:
+    """Around SpeculativeAlgorithm.create_worker: our worker for DSPARK, SGLang's for everything else."""
+    if not self.is_dspark() or options.config_of(server_args).disable:
+        return original(self, server_args)
+    from dspark_serving.sglang_adapter import hooks
+    from dspark_serving.sglang_adapter.worker import DsparkServingWorker
+
+    hooks.check_applied()
+    logger.info("dspark-serving %s is active and serves DSPARK", __version__)
+    return DsparkServingWorker
+
+
+def get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
+    """After the scheduler's internal state was gathered: ours, under the key `dspark`."""
+    worker = self.scheduler.draft_worker
+    report = getattr(worker, "dspark_report", None)
+    result.internal_state["dspark"] = {"active": False} if report is None else report()
+
+
+def chain_speculative_sampling(*args: Any, **kwargs: Any) -> None:
+    """Instead of the Triton kernel."""
+    from dspark_serving.sglang_adapter.cpu import sampling
+
+    sampling.chain_speculative_sampling(*args, **kwargs)
+
+
+def draft_probs(original: Callable[..., Any], draft_block: Any, vocab: int, device: Any) -> Any:
+    """Around the draft distributions of the rejection rule."""
+    from dspark_serving.sglang_adapter.cpu import drafting
+
+    return drafting.sampled_probabilities(original, draft_block, vocab, device)
+
+
+def no_fused_kv_write(self: Any, pool: Any) -> None:
+    """Instead of building the fused KV write: SGLang falls back to plain torch."""

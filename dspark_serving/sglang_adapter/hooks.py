@@ -1,0 +1,186 @@
+"""Every place where this package touches SGLang, in one table."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from dspark_serving.errors import EnvironmentMismatchError
+from dspark_serving.sglang_adapter import handlers
+from dspark_serving.sglang_adapter.cpu import enable
+from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
+
+
+class Seam(NamedTuple):
+    """One symbol of SGLang that this package hooks."""
+
+    symbol: str
+    kind: HookType
+    handler: Callable[..., Any]
+    signature: str
+    """Names of its parameters when this release was built; a change means that the handler must be read again."""
+    why: str
+    cpu_only: bool = False
+
+
+class Base(NamedTuple):
+    """One symbol of SGLang that a class of ours overrides or calls."""
+
+    symbol: str
+    signature: str
+    why: str
+
+
+_SPEC = "sglang.srt.speculative"
+_DSPARK = f"{_SPEC}.dspark_components"
+_ARGS = "sglang.srt.server_args.ServerArgs"
+
+HOOKS = (
+    Seam(f"{_ARGS}.add_cli_args", HookType.AFTER, handlers.add_cli_args, "parser", "the --dspark-* flags"),
+    Seam(
+        f"{_ARGS}.from_cli_args", HookType.AFTER, handlers.from_cli_args, "cls, args",
+        "keep the parsed options on the server arguments; refuse a port in use before anything is loaded",
+    ),
+    Seam(
+        f"{_ARGS}.resolve_once", HookType.BEFORE, handlers.before_resolution, "self",
+        "refuse an unusable drafter before anything is loaded; defaults for a machine without accelerator",
+    ),
+    Seam(
+        f"{_SPEC}.spec_info.SpeculativeAlgorithm.create_worker", HookType.AROUND, handlers.create_worker,
+        "self, server_args",
+        "serve our worker; the enum member stays, dozens of call sites test for it",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
+        HookType.AFTER, handlers.get_internal_state, "self, recv_req",
+        "proof of being active, timings and accepted length in /server_info",
+    ),
+    Seam(
+        "sglang.srt.arg_groups.speculative_hook._handle_dspark", HookType.AROUND, handlers.handle_dspark,
+        "server_args", "DSPARK is refused on CPU by its device name alone", cpu_only=True,
+    ),
+    Seam(
+        "sglang.kernels.ops.speculative.reject_sampling.chain_speculative_sampling_triton", HookType.REPLACE,
+        handlers.chain_speculative_sampling,
+        "predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, "
+        "retrive_next_sibling, uniform_samples, uniform_samples_for_final_sampling, target_probs, draft_probs, "
+        "threshold_single, threshold_acc, deterministic, block_verification",
+        "the rejection rule exists as a Triton kernel only", cpu_only=True,
+    ),
+    Seam(
+        f"{_DSPARK}.dspark_verify._draft_probs", HookType.AROUND, handlers.draft_probs,
+        "draft_block, vocab, device", "reject with the very distributions that were sampled from", cpu_only=True,
+    ),
+    Seam(
+        "sglang.srt.models.dspark.DSparkDraftMixin._build_fused_kv_write_bundle", HookType.REPLACE,
+        handlers.no_fused_kv_write, "self, pool", "the fused write is a Triton kernel", cpu_only=True,
+    ),
+)  # fmt: skip
+
+BASES = (
+    Base(
+        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.__init__",
+        "self, server_args, gpu_id, nccl_port, target_worker, draft_worker_cls", "the worker that ours extends",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2._forward_decode",
+        "self, batch, on_publish, grammar_barrier, coordination_plan", "one round; timed, and fed on CPU",
+    ),
+    Base(
+        f"{_SPEC}.base_spec_worker.BaseSpecWorker.on_verify_complete_cpu",
+        "self, num_correct_drafts_per_req, batch_size", "accepted length, on the host",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner.resolve_verify_token_budget",
+        "self, draft_input, confidence, prefix_lens, req_pool_indices", "the planner that ours extends",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner._schedule_verify_lens",
+        "self, req_pool_indices, prefix_lens, device, confidence, budget", "verify lengths of a round",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_draft.DraftBlockProposer.propose",
+        "self, batch, draft_input, verify_window, bs, device, target_model, sampling_info, anchor_prepared",
+        "the draft pass that ours extends",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_draft.DraftBlockProposer._run_forward",
+        "self, batch, draft_input, verify_window, bs, device, embed_module, draft_sampler, sampling_info, "
+        "anchor_prepared", "the draft layers on CPU",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_draft.resolve_draft_params", "sampling_info, bs, device, out", "temperatures of a batch",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_compact",
+        "self, batch, layout, draft_block_ids, draft_tokens, bs, device, sampling_info, verify_window, inject_gate",
+        "timed",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_non_compact",
+        "self, batch, draft_input, verify_ids_2d, verify_window, sampling_info", "timed",
+    ),
+    Base(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+        "self, q, k, v, layer, forward_batch, save_kv_cache", "the attention backend that ours extends on CPU",
+    ),
+    Base(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode",
+        "self, q, k, v, layer, forward_batch, save_kv_cache", "the attention backend that ours extends on CPU",
+    ),
+)  # fmt: skip
+
+
+def active_hooks() -> tuple[Seam, ...]:
+    """The hooks of this machine."""
+    return tuple(hook for hook in HOOKS if not (hook.cpu_only and has_accelerator()))
+
+
+def check_signature(symbol: str, expected: str) -> None:
+    """Raise EnvironmentMismatchError, naming `symbol`, when it is gone or takes other parameters than `expected`."""
+    try:
+        found = ", ".join(inspect.signature(inspect.unwrap(_raw(symbol))).parameters)
+    except (AttributeError, ImportError) as error:
+        found = f"nothing ({error})"
+    if found != expected:
+        raise EnvironmentMismatchError(
+            f"{symbol} takes ({found})",
+            expected=f"({expected})",
+            fix="Install the SGLang that this release of dspark-serving supports.",
+        )
+
+
+def register() -> None:
+    """Check the hooked symbols and hand the hooks to SGLang, which applies them when all plugins are loaded."""
+    for hook in active_hooks():
+        check_signature(hook.symbol, hook.signature)
+    for hook in active_hooks():
+        HookRegistry.register(hook.symbol, hook.handler, hook.kind)
+    if not has_accelerator():
+        enable.register_backend()
+
+
+def check_applied() -> None:
+    """Raise EnvironmentMismatchError when SGLang failed to apply a hook (it only logs that), or a base has changed."""
+    for hook in active_hooks():
+        if not hasattr(_raw(hook.symbol), "__wrapped__"):
+            raise EnvironmentMismatchError(
+                f"the hook on {hook.symbol} was not applied",
+                expected=f"it in place ({hook.why})",
+                fix="Look for 'Failed to apply hooks' in the log; another plugin may own the symbol.",
+            )
+    for base in BASES:
+        check_signature(base.symbol, base.signature)
+
+
+def _raw(symbol: str) -> Any:
+    """The function behind a dotted name, without binding."""
+    owner_name, _, name = symbol.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    found = inspect.getattr_static(owner, name)
+    return found.__func__ if isinstance(found, classmethod | staticmethod) else found

@@ -1,0 +1,159 @@
+"""What happens to SGLang's server arguments before it resolves them: refusals, and defaults of a CPU machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dspark_serving.config import ServingConfig, flag
+from dspark_serving.drafters import DrafterSpec, check_fit, check_weights, read_spec
+from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
+from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
+
+logger = logging.getLogger(__name__)
+
+# What an unset argument becomes on a machine without accelerator, and why.
+CPU_DEFAULTS: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",  # the backend that cpu/attention.py stands in for
+    "max_running_requests": 16,  # beyond that a CPU gains nothing
+    "max_total_tokens": 16384,  # SGLang would reserve most of the memory
+}
+RAGGED_MODE = "SGLANG_RAGGED_VERIFY_MODE"
+
+
+def prepare(server_args: Any, config: ServingConfig) -> None:
+    """Refuse what cannot be served and fill in defaults; runs once, in the launching process.
+
+    Raises:
+        CheckpointError: the drafter is missing, damaged, or does not fit the target.
+        OptionError: no drafter is given, or the policy needs a confidence head that the drafter lacks.
+    """
+    wanted = (server_args.speculative_algorithm or "").upper() == "DSPARK"
+    cpu = not has_accelerator()
+    if cpu:
+        _fill_cpu_defaults(server_args)
+    if wanted and config.disable:
+        if cpu:
+            logger.warning("%s: SGLang's own DSPARK cannot run here; serving without speculation", flag("disable"))
+            _declare(server_args, speculative_algorithm=None, speculative_draft_model_path=None)
+        return
+    if wanted:
+        spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path)
+        # Ragged verification needs confidences, and is what every policy but full verification lives on.
+        if not spec.has_confidence and config.policy != "full":
+            raise OptionError(
+                f"{flag('policy')} {config.policy} with the drafter {spec.path}, which has no confidence head",
+                expected=f"{flag('policy')} full for this drafter",
+                fix="Change the policy, or use a drafter with enable_confidence_head.",
+            )
+        os.environ.setdefault(RAGGED_MODE, "compact" if spec.has_confidence else "static")
+
+
+def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
+    """Read the drafter completely and check that it fits the target.
+
+    Raises:
+        OptionError: no drafter path.
+        CheckpointError: drafter or target cannot be used.
+    """
+    if not draft_path:
+        raise OptionError(
+            "no drafter is given",
+            expected="--speculative-draft-model-path with a DSpark drafter made for this target",
+            fix="Add it, or drop --speculative-algorithm.",
+        )
+    spec = read_spec(_local_directory(draft_path, "drafter"))
+    check_fit(spec, target_config(model_path))
+    check_weights(spec)
+    return spec
+
+
+def target_config(model_path: str) -> dict[str, Any]:
+    """The target's config.json, of a directory or of the hub's cache.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = _local_directory(model_path, "target model") / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the target model {model_path} has no readable config.json ({error})",
+            expected="a checkpoint directory as transformers writes it",
+            fix="Check --model-path.",
+        ) from error
+    return dict(found)
+
+
+def _local_directory(name: str, role: str) -> Path:
+    """`name` as a directory: itself, or the local snapshot of a repository on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = f"; the hub answered: {str(error).splitlines()[0]}"
+    else:
+        reason = ""
+    raise CheckpointError(
+        f"the {role} directory {name} does not exist{reason}",
+        expected="an existing checkpoint directory (or a repository on the hub)",
+        fix=f"Check the path of the {role}.",
+    )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise EnvironmentMismatchError when the server could not listen there; SGLang would find out after loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentMismatchError(
+                f"cannot listen on {host}:{port} ({error.strerror})",
+                expected="a free port",
+                fix="Stop the other server, or choose another --port.",
+            ) from error
+
+
+def resolve_as_cuda(original: Callable[[Any], None], server_args: Any) -> None:
+    """Run SGLang's resolution of DSPARK under the device name that it asks for, then put the real one back."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    device = resolving_view(server_args).device
+    _declare(server_args, device="cuda")
+    try:
+        original(server_args)
+    finally:
+        _declare(server_args, device=device)
+    # The overlapped loop needs device streams.
+    _declare(server_args, disable_overlap_schedule=True)
+
+
+def _fill_cpu_defaults(server_args: Any) -> None:
+    filled = {name: value for name, value in CPU_DEFAULTS.items() if getattr(server_args, name) is None}
+    # SGLang would turn a float32 checkpoint into float16, which a CPU has no fast arithmetic for.
+    if server_args.dtype == "auto" and target_config(server_args.model_path).get("dtype") == "float32":
+        filled["dtype"] = "float32"
+    filled["sleep_on_idle"] = True  # an idle scheduler would otherwise keep a core busy
+    _declare(server_args, **filled)
+    logger.info("no accelerator here: %s", ", ".join(f"{name}={value}" for name, value in filled.items()))
+
+
+def _declare(server_args: Any, **fields: Any) -> None:
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(server_args, "dspark-serving", **fields)
