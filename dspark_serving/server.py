@@ -15,19 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
-import torch
 
 from dspark_serving.errors import EnvironmentMismatchError
 
 _HOST = "127.0.0.1"
 _END_SECONDS = 20.0
 _POLL_SECONDS = 0.5
-# Without an accelerator: SGLang's CPU engine, and a scheduler that does not burn a core while it is idle.
-_CPU_OPTIONS = (
-    *("--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule"),
-    *("--max-total-tokens", "8192", "--max-running-requests", "16", "--sleep-on-idle"),
-)
-_CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+# Two OpenMP threads that spin while they wait stop each other on a busy machine.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 class Answer(NamedTuple):
@@ -90,7 +85,7 @@ def running_server(
 
     Args:
         model: checkpoint directory of the target.
-        options: further command-line options of SGLang; on a machine without accelerator the ones it needs are added.
+        options: further command-line options of SGLang.
         log: file that gets the server's output; replaced.
         ready_seconds: bound of the wait for /health.
 
@@ -99,17 +94,12 @@ def running_server(
     """
     port = _free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--host", _HOST, "--port", str(port)]
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        command += _CPU_OPTIONS
-        environment |= _CPU_ENVIRONMENT
-    command += options
+    command += ["--host", _HOST, "--port", str(port), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         # A session of its own: the schedulers are in its process group, so that none is left behind.
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | _ENVIRONMENT, start_new_session=True
         )
     try:
         server = Server(f"http://{_HOST}:{port}", log)
