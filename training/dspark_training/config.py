@@ -1,0 +1,70 @@
+"""Everything a training run is told, validated before anything runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Frozen):
+    """Where prompts come from and how the target answers them."""
+
+    prompts: tuple[str, ...] = Field(description="JSONL files of user messages, relative to the recipe")
+    openings: str | None = Field(None, description="JSON: domain -> first words of messages the target writes itself")
+    written_prompts: dict[str, int] = Field(default_factory=dict, description="domain -> messages the target writes")
+    suffix: str = Field("", description="text appended to a share of one domain's prompts")
+    suffix_domain: str = "math"
+    suffix_share: float = Field(0.0, ge=0, le=1)
+    greedy_share: float = Field(0.75, ge=0, le=1, description="share of answers decoded greedily")
+    temperature: float = Field(0.8, gt=0, description="of the other answers")
+    max_new_tokens: int = Field(256, gt=0)
+    max_prompt_tokens: int = Field(512, gt=0)
+    batch_size: int = Field(96, gt=0, description="sequences generated at once")
+    validation_share: float = Field(0.03, gt=0, lt=0.5)
+
+
+class DrafterShape(_Frozen):
+    """The drafter's own dimensions; the rest comes from the target."""
+
+    num_layers: int = Field(2, gt=0)
+    block_size: int = Field(5, gt=0, description="draft tokens a block (gamma)")
+    target_layer_ids: tuple[int, ...] = Field(description="decoder layers of the target whose output is the context")
+    mask_token_id: int = Field(ge=0)
+    markov_rank: int = Field(64, gt=0)
+    draft_vocab_size: int = Field(8192, gt=0, description="most frequent tokens that a draft may contain")
+    init_layers: tuple[int, ...] = Field((), description="target layers that the draft layers start from")
+
+
+class OptimConfig(_Frozen):
+    """Objective weights (DeepSpec's DSpark recipe) and optimisation."""
+
+    ce_weight: float = Field(0.1, ge=0)
+    l1_weight: float = Field(0.9, ge=0)
+    confidence_weight: float = Field(1.0, ge=0)
+    position_decay: float = Field(4.0, gt=0, description="weight of position k is exp(-k / position_decay)")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_share: float = Field(0.04, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    steps: int = Field(gt=0, description="optimizer steps")
+    sequences: int = Field(4, gt=0, description="sequences in one target forward")
+    anchors: int = Field(96, gt=0, description="anchors drawn from a sequence in one optimizer step")
+    steps_per_forward: int = Field(2, gt=0, description="optimizer steps, on disjoint anchors, fed by one target forward")
+
+
+class RunConfig(_Frozen):
+    """One training run: a recipe file holds exactly these fields."""
+
+    algorithm: Literal["dspark"] = "dspark"
+    data: DataConfig
+    drafter: DrafterShape
+    optim: OptimConfig
+    seed: int = 7
+    threads: int = Field(0, ge=0, description="CPU threads, 0: as torch chooses")
+    save_every_seconds: float = Field(120.0, gt=0)
+    validate_every_steps: int = Field(100, gt=0)

@@ -1,0 +1,84 @@
+"""Greedy accepted length of a drafter and of prompt lookup on the same answers.
+
+Greedy speculative decoding emits exactly the target's greedy text, so the rounds can be walked over a text that
+is already there: at an anchor, the accepted drafts are the longest prefix of the block that equals the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from dspark_training.blocks import cut_blocks, pad
+from dspark_training.data import Sample
+from dspark_training.objective import DraftObjective, supervise
+from dspark_training.target import Target
+
+_GROUP = 4
+
+
+class Walk(NamedTuple):
+    """The rounds of one greedy answer."""
+
+    accepted: list[int]  # accepted drafts of each round, without the bonus token
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean tokens a round, bonus included."""
+        return 1 + sum(self.accepted) / max(1, len(self.accepted))
+
+
+@torch.no_grad()
+def walk_drafter(
+    target: Target,
+    objective: DraftObjective,
+    layer_ids: tuple[int, ...],
+    scale_M: torch.Tensor | None,
+    samples: Sequence[Sample],
+) -> list[Walk]:
+    """Walk every sample's greedy answer with the drafter, in the order of `samples`."""
+    block_size = objective.drafter.dims.block_size
+    walks = []
+    for first in range(0, len(samples), _GROUP):
+        sequences = pad(samples[first : first + _GROUP])
+        spans = list(zip(sequences.answer_starts, sequences.ends, strict=True))
+        width = max(end - start for start, end in spans)
+        rows = [list(range(s, e - 1)) + [-1] * (width - (e - 1 - s)) for s, e in spans]
+        blocks = cut_blocks(sequences, torch.tensor(rows), block_size)
+        supervision = supervise(target, sequences, layer_ids, scale_M, objective.vocab)
+        agrees = objective(supervision, blocks).agrees_N.view_as(blocks.valid_BAK) & blocks.valid_BAK
+        matched_BA = agrees.long().cumprod(-1).sum(-1)
+        for b, (start, end) in enumerate(spans):
+            walks.append(walk(matched_BA[b, : max(0, end - 1 - start)].tolist()))
+    return walks
+
+
+def walk(matched: Sequence[int]) -> Walk:
+    """Visit anchors 0, 1 + matched[0], ...: `matched[i]` drafts agree with the text behind token i."""
+    accepted, at = [], 0
+    while at < len(matched):
+        accepted.append(matched[at])
+        at += 1 + matched[at]
+    return Walk(accepted)
+
+
+def walk_prompt_lookup(sample: Sample, block_size: int, longest: int = 3) -> Walk:
+    """The baseline without a drafter: copy what followed the last occurrence of the newest 3-, 2- or 1-gram."""
+    ids = sample.prompt_ids + sample.answer_ids
+    first = len(sample.prompt_ids)
+    return walk([_lookup_match(ids, p, block_size, longest) for p in range(first, len(ids) - 1)])
+
+
+def _lookup_match(ids: list[int], anchor: int, block_size: int, longest: int) -> int:
+    """How many of the looked-up tokens equal what really follows the anchor."""
+    for n in range(longest, 0, -1):
+        tail = ids[anchor + 1 - n : anchor + 1]
+        for start in range(anchor - n, -1, -1):
+            if ids[start : start + n] == tail:
+                draft = ids[start + n : min(anchor + 1, start + n + block_size)]
+                real = ids[anchor + 1 : anchor + 1 + len(draft)]
+                same = [a == b for a, b in zip(draft, real, strict=False)]
+                return same.index(False) if False in same else len(same)
+    return 0

@@ -1,0 +1,168 @@
+"""The whole walk: prompts -> answers by the target -> drafter -> evaluation -> bundle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark_serving.errors import DataError
+from dspark_training.answers import Progress, answer, with_suffix, write_prompts
+from dspark_training.card import write_card
+from dspark_training.config import RunConfig
+from dspark_training.data import Prompt, Sample, read_prompts
+from dspark_training.evaluate import walk_drafter, walk_prompt_lookup
+from dspark_training.export import export_bundle
+from dspark_training.target import Target
+from dspark_training.trainer import StepReport, Trainer
+
+log = logging.getLogger(__name__)
+
+EVALUATION_TOKENS = 256
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """Read a recipe; every field is validated before anything runs."""
+    return RunConfig.model_validate_json(path.read_text())
+
+
+def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path) -> list[Prompt]:
+    """Given prompts with their suffix, then those that the target writes (kept in `output` for a resumed run)."""
+    data = config.data
+    prompts = [p for name in data.prompts for p in read_prompts(root / name)]
+    prompts = with_suffix(prompts, data.suffix_domain, data.suffix, data.suffix_share, seed=config.seed)
+    if not data.written_prompts:
+        return prompts
+    if data.openings is None:
+        raise DataError(
+            "written_prompts without openings",
+            expected="data.openings, a JSON file of domain -> first words",
+            fix="Add it, or drop data.written_prompts.",
+        )
+    kept = output / "written_prompts.jsonl"
+    if not kept.exists():
+        openings = json.loads((root / data.openings).read_text())
+        written = write_prompts(
+            target, openings, data.written_prompts, seed=config.seed, batch_size=data.batch_size
+        )
+        partial = kept.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"domain": p.domain, "prompt": p.text}) + "\n" for p in written))
+        os.replace(partial, kept)
+    return prompts + read_prompts(kept)
+
+
+def collect_samples(
+    config: RunConfig, target: Target, prompts: list[Prompt], output: Path, progress: Progress
+) -> list[Sample]:
+    """Answers of the target to every prompt; resumes what an earlier run began."""
+    data = config.data
+    store = answer(
+        target,
+        prompts,
+        output / "samples.jsonl",
+        greedy_share=data.greedy_share,
+        temperature=data.temperature,
+        max_new_tokens=data.max_new_tokens,
+        max_prompt_tokens=data.max_prompt_tokens,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        progress=progress,
+    )
+    return list(store)
+
+
+def train_to_bundle(
+    config: RunConfig,
+    target: Target,
+    samples: list[Sample],
+    evaluation_prompts: dict[str, list[Prompt]],
+    output: Path,
+    bundle: Path,
+    on_step: Callable[[StepReport], None],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Train, evaluate and export; returns the evaluation's rows (see evaluate_drafter)."""
+    trainer = Trainer(config, target, samples, output)
+    trainer.run(on_step)
+    rows = evaluate_drafter(trainer, evaluation_prompts, output, progress)
+    facts = _facts(trainer, samples, rows)
+    export_bundle(
+        bundle,
+        trainer.drafter,
+        target,
+        config.drafter,
+        trainer.vocab,
+        trainer.scale_M,
+        write_card(config, facts),
+        {"recipe": config.model_dump(mode="json"), "facts": facts, "history": trainer.history},
+    )
+    return rows
+
+
+def evaluate_drafter(
+    trainer: Trainer, prompts: dict[str, list[Prompt]], output: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """Accepted length (bonus included, temperature 0) per dataset, beside prompt lookup on the same answers."""
+    rows = []
+    target, block_size = trainer.target, trainer.config.drafter.block_size
+    for dataset, asked in prompts.items():
+        store = answer(
+            target,
+            asked,
+            output / f"evaluation_{dataset}.jsonl",
+            greedy_share=1.0,
+            temperature=1.0,
+            max_new_tokens=EVALUATION_TOKENS,
+            max_prompt_tokens=1024,
+            batch_size=trainer.config.data.batch_size,
+            seed=trainer.config.seed,
+            progress=progress,
+        )
+        samples = [s for s in store if len(s.answer_ids) > 1]
+        walks = walk_drafter(target, trainer.objective, trainer.layer_ids, trainer.scale_M, samples)
+        accepted = [n for w in walks for n in w.accepted]
+        looked_up = [n for s in samples for n in walk_prompt_lookup(s, block_size).accepted]
+        rows.append(
+            {
+                "dataset": dataset,
+                "temperature": 0.0,
+                "requests": len(samples),
+                "accepted_length": 1 + sum(accepted) / len(accepted),
+                "prompt_lookup": 1 + sum(looked_up) / len(looked_up),
+                "conditional_acceptance": _conditional(accepted, block_size),
+            }
+        )
+        log.info("%s", rows[-1])
+    return rows
+
+
+def _conditional(accepted: list[int], block_size: int) -> list[float]:
+    """Share of rounds that pass position k among those that passed k - 1."""
+    passed = [sum(n >= k for n in accepted) for k in range(block_size + 1)]
+    return [passed[k] / max(1, passed[k - 1]) for k in range(1, block_size + 1)]
+
+
+def _facts(trainer: Trainer, samples: list[Sample], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    domains = Counter(s.domain for s in samples)
+    return {
+        "target": Path(trainer.target.config._name_or_path).parent.name or "the target",
+        "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
+        "samples": len(samples),
+        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "domains": ", ".join(f"{n} {d}" for d, n in domains.most_common()),
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "hours": trainer.seconds / 3600,
+        "machine": f"{torch.get_num_threads()} CPU threads ({platform.machine()})",
+        "vocab_size": len(trainer.vocab.ids_V),
+        "coverage": trainer.coverage,
+        "eval_tokens": EVALUATION_TOKENS,
+        "evaluation": rows,
+    }

@@ -1,0 +1,41 @@
+"""The draft vocabulary: the tokens a draft may contain, as columns of the target's vocabulary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dspark_training.data import Sample
+
+
+class DraftVocab:
+    """A sorted subset of token ids, with the way back.
+
+    Attributes:
+        ids_V: token id of each draft column, ascending.
+        columns_T: draft column of each target id, -1 outside.
+    """
+
+    def __init__(self, token_ids: Iterable[int], target_vocab_size: int) -> None:
+        self.ids_V: Tensor = torch.tensor(sorted(set(token_ids)))
+        self.columns_T: Tensor = torch.full((target_vocab_size,), -1)
+        self.columns_T[self.ids_V] = torch.arange(len(self.ids_V))
+
+    @classmethod
+    def most_frequent(
+        cls, samples: Iterable[Sample], size: int, target_vocab_size: int, always: Iterable[int]
+    ) -> tuple[DraftVocab, float]:
+        """The `size` most frequent answer tokens and the share of answer tokens that they cover.
+
+        Ties go to the smaller id, and unused places to the smallest ids (byte-level tokenizers put their
+        commonest pieces first). `always` (stop tokens) is kept whatever its count.
+        """
+        counts = Counter(token for s in samples for token in s.answer_ids)
+        must = set(always)
+        ranked = sorted(range(target_vocab_size), key=lambda i: (i not in must, -counts[i], i))
+        vocab = cls(ranked[:size], target_vocab_size)
+        covered = sum(counts[int(i)] for i in vocab.ids_V)
+        return vocab, covered / max(1, counts.total())
