@@ -58,9 +58,7 @@ def _as_prompt(target: Target, domain: str, head: str, completion: Completion) -
 def with_suffix(prompts: Sequence[Prompt], domain: str, suffix: str, share: float, *, seed: int) -> list[Prompt]:
     """Append `suffix` to a random `share` of one domain's prompts (how a benchmark asks its questions)."""
     rng = random.Random(seed)
-    return [
-        p._replace(text=p.text + suffix) if p.domain == domain and rng.random() < share else p for p in prompts
-    ]
+    return [p._replace(text=p.text + suffix) if p.domain == domain and rng.random() < share else p for p in prompts]
 
 
 def answer(
@@ -74,11 +72,13 @@ def answer(
     max_prompt_tokens: int,
     batch_size: int,
     seed: int,
+    max_samples: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> SampleStore:
     """Answer every prompt that the store does not hold yet; a second call goes on where the first stopped.
 
     Args:
+        max_samples: stop when the store holds that many; prompts are taken in random order.
         greedy_share: share of answers decoded greedily; the rest is drawn at `temperature`.
     """
     store = SampleStore(store_path)
@@ -97,6 +97,8 @@ def answer(
         by_key[prompt.key] = prompt
         requests.append(Request(prompt.key, ids, heat, max_new_tokens))
     rng.shuffle(requests)
+    if max_samples is not None:
+        requests = requests[: max(0, max_samples - len(done))]
     total = len(done) + len(requests)
     generator = torch.Generator().manual_seed(seed + len(done))
     # Super-batches in random order keep the store representative if the run is stopped early.

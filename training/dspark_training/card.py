@@ -14,13 +14,15 @@ tags: [speculative-decoding, dspark]
 # DSpark drafter for {target}
 
 Drafts {block_size} tokens a round for SGLang with the dspark-serving plugin. Weights: DeepSpec's key and field names,
-bfloat16, without the target's embedding and output head (they are shared at run time).
-`draft_vocab.json` names the {vocab_size} target tokens a draft may contain ({coverage:.2%} of the training answers' tokens).
+bfloat16, without the target's embedding and output head (they are shared at run time). `draft_vocab.json` names the
+{vocab_size} target tokens a draft may contain ({coverage:.2%} of the training answers' tokens).
 
 ## How it was trained
-- Backbone: {num_layers} layers on the hidden states of target layers {layers}; vanilla Markov head of rank {rank}; confidence head.
-- Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); {greedy:.0%} decoded greedily, the rest at
-  temperature {temperature}. Prompts: GSM8K train questions (MIT licence), and chat and code prompts written by the target.
+- Backbone: {num_layers} layers on the hidden states of target layers {layers}; vanilla Markov head of rank {rank};
+  confidence head.
+- Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); {greedy:.0%} decoded greedily,
+  the rest at temperature {temperature}. Prompts: GSM8K train questions (MIT licence), and chat and code prompts
+  written by the target.
 - Objective: {ce} CE + {l1} L1 + {conf} confidence, position weights exp(-k/{decay:g}).
 - {steps} optimizer steps, {tokens:,} target tokens run, {hours:.2f} hours of training on {machine}.
 

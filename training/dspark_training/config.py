@@ -24,6 +24,7 @@ class DataConfig(_Frozen):
     temperature: float = Field(0.8, gt=0, description="of the other answers")
     max_new_tokens: int = Field(256, gt=0)
     max_prompt_tokens: int = Field(512, gt=0)
+    max_samples: int | None = Field(None, gt=1, description="answers to generate, from prompts drawn at random")
     batch_size: int = Field(96, gt=0, description="sequences generated at once")
     validation_share: float = Field(0.03, gt=0, lt=0.5)
 
@@ -54,7 +55,9 @@ class OptimConfig(_Frozen):
     steps: int = Field(gt=0, description="optimizer steps")
     sequences: int = Field(4, gt=0, description="sequences in one target forward")
     anchors: int = Field(96, gt=0, description="anchors drawn from a sequence in one optimizer step")
-    steps_per_forward: int = Field(2, gt=0, description="optimizer steps, on disjoint anchors, fed by one target forward")
+    steps_per_forward: int = Field(
+        2, gt=0, description="optimizer steps, on disjoint anchors, fed by one target forward"
+    )
 
 
 class RunConfig(_Frozen):

@@ -8,29 +8,76 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from dspark_serving.errors import DataError
+from dspark_serving.errors import DataError, OptionError
 from dspark_training.answers import Progress, answer, with_suffix, write_prompts
+from dspark_training.bundle import export_bundle
 from dspark_training.card import write_card
 from dspark_training.config import RunConfig
 from dspark_training.data import Prompt, Sample, read_prompts
 from dspark_training.evaluate import walk_drafter, walk_prompt_lookup
-from dspark_training.export import export_bundle
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
 
 log = logging.getLogger(__name__)
 
 EVALUATION_TOKENS = 256
+DEMO_RECIPE = Path(__file__).parent / "recipes" / "smollm2_135m_dspark.json"
+StageProgress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+def run_recipe(
+    recipe: Path,
+    target_path: Path,
+    bundle: Path,
+    work: Path,
+    evaluation_files: list[Path],
+    on_step: Callable[[StepReport], None],
+    on_answers: StageProgress,
+) -> list[dict[str, Any]]:
+    """Run a recipe from its prompts to the bundle; every stage resumes what an earlier run left in `work`.
+
+    Returns:
+        One row per evaluation file (see evaluate_drafter).
+
+    Raises:
+        DsparkError: the recipe, a prompt file or the target cannot be used, or training diverged.
+    """
+    config = load_recipe(recipe)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    evaluation = {path.stem: read_prompts(path) for path in evaluation_files}
+    target = Target.load(target_path)
+    work.mkdir(parents=True, exist_ok=True)
+    prompts = collect_prompts(config, target, Path.cwd(), work)
+    samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
+    return train_to_bundle(
+        config, target, samples, evaluation, work, bundle, on_step, partial(on_answers, "answers for evaluation")
+    )
 
 
 def load_recipe(path: Path) -> RunConfig:
-    """Read a recipe; every field is validated before anything runs."""
-    return RunConfig.model_validate_json(path.read_text())
+    """Read a recipe; every field is validated before anything runs.
+
+    Raises:
+        OptionError: the file is missing, or a field is unknown or out of bounds; names the first such field.
+    """
+    try:
+        return RunConfig.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        raise OptionError(f"{path} does not exist", expected="a recipe in JSON", fix="Check the path.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise OptionError(
+            f"{path}: {field} is wrong ({first['msg']})", expected="a valid recipe", fix="Correct that field."
+        ) from None
 
 
 def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path) -> list[Prompt]:
@@ -49,12 +96,10 @@ def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path)
     kept = output / "written_prompts.jsonl"
     if not kept.exists():
         openings = json.loads((root / data.openings).read_text())
-        written = write_prompts(
-            target, openings, data.written_prompts, seed=config.seed, batch_size=data.batch_size
-        )
-        partial = kept.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"domain": p.domain, "prompt": p.text}) + "\n" for p in written))
-        os.replace(partial, kept)
+        written = write_prompts(target, openings, data.written_prompts, seed=config.seed, batch_size=data.batch_size)
+        unfinished = kept.with_suffix(".partial")
+        unfinished.write_text("".join(json.dumps({"domain": p.domain, "prompt": p.text}) + "\n" for p in written))
+        os.replace(unfinished, kept)
     return prompts + read_prompts(kept)
 
 
@@ -73,6 +118,7 @@ def collect_samples(
         max_prompt_tokens=data.max_prompt_tokens,
         batch_size=data.batch_size,
         seed=config.seed,
+        max_samples=data.max_samples,
         progress=progress,
     )
     return list(store)

@@ -57,29 +57,38 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 class SlabLayer(DynamicLayer):
     """A dynamic cache layer that writes into a growing slab instead of concatenating at each step."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        start = 0 if not self.is_initialized else self.keys.shape[-2]
+    keys: Tensor  # [B, G, tokens so far, E], a view of the slab
+    values: Tensor
+    is_initialized: bool
+    _slabs: tuple[Tensor, Tensor]  # keys and values, [B, G, capacity, E]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[-2] if self.is_initialized else 0
         end = start + key_states.shape[-2]
-        if not self.is_initialized or end > self._key_slab.shape[-2]:
-            self._grow(key_states, value_states, start, end)
-        self._key_slab[:, :, start:end] = key_states
-        self._value_slab[:, :, start:end] = value_states
-        self.keys, self.values = self._key_slab[:, :, :end], self._value_slab[:, :, :end]
+        if not self.is_initialized or end > self._slabs[0].shape[-2]:
+            self._grow(key_states, start, end)
+        self._slabs[0][:, :, start:end] = key_states
+        self._slabs[1][:, :, start:end] = value_states
+        self._show(end)
         return self.keys, self.values
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop every batch row that is not in `rows` [kept]."""
         length = self.keys.shape[-2]
-        self._key_slab, self._value_slab = self._key_slab[rows], self._value_slab[rows]
-        self.keys, self.values = self._key_slab[:, :, :length], self._value_slab[:, :, :length]
+        self._slabs = (self._slabs[0][rows], self._slabs[1][rows])
+        self._show(length)
 
-    def _grow(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> None:
-        batch, heads, _, width = key_states.shape
-        shape = (batch, heads, end + _SLAB_STEP, width)
-        key_slab, value_slab = key_states.new_empty(shape), value_states.new_empty(shape)
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (slab[:, :, :length] for slab in self._slabs)
+
+    def _grow(self, like: Tensor, start: int, end: int) -> None:
+        shape = (*like.shape[:2], end + _SLAB_STEP, like.shape[-1])
+        slabs = (like.new_empty(shape), like.new_empty(shape))
         if start:
-            key_slab[:, :, :start], value_slab[:, :, :start] = self.keys, self.values
-        self._key_slab, self._value_slab = key_slab, value_slab
+            slabs[0][:, :, :start], slabs[1][:, :, :start] = self.keys, self.values
+        self._slabs = slabs
         self.is_initialized = True
 
 
@@ -165,11 +174,11 @@ class Target:
             for i in layer_ids
         ]
         try:
-            last_BTD = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+            out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), last_BTD)
+        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), out.last_hidden_state)
 
 
 def _hidden_of(layer_output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -44,7 +44,7 @@ class StepReport(NamedTuple):
     seconds_left: float
 
 
-class TrainingFailed(DsparkError):
+class TrainingError(DsparkError):
     """The run cannot go on; the last checkpoint is intact."""
 
 
@@ -53,9 +53,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, target: Target, samples: list[Sample], output: Path) -> None:
         if len(samples) < 2:
-            raise DataError(
-                f"{len(samples)} samples to train on", expected="at least 2", fix="Generate answers first."
-            )
+            raise DataError(f"{len(samples)} samples to train on", expected="at least 2", fix="Generate answers first.")
         self.config, self.target, self.output = config, target, output
         held_out = max(1, round(len(samples) * config.data.validation_share))
         ordered = sorted(samples, key=lambda s: s.key)  # by hash: the same split whatever the order of generation
@@ -104,7 +102,7 @@ class Trainer:
         blocks = cut_blocks(sequences, anchors_BA, self.config.drafter.block_size)
         losses = self.objective(supervision, blocks)
         if not torch.isfinite(losses.total):
-            raise TrainingFailed(
+            raise TrainingError(
                 f"the loss is {losses.total.item()} at step {self.step}",
                 expected="a finite loss",
                 fix="Run again to resume from the last checkpoint, with a lower optim.learning_rate.",

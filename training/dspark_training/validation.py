@@ -45,7 +45,7 @@ class Validation:
     @torch.no_grad()
     def run(self, objective: DraftObjective, block_size: int) -> dict[str, float | list[float]]:
         """Accepted length (bonus included) over all and by domain, and conditional acceptance by position."""
-        lengths = defaultdict(list)
+        lengths: dict[str, list[int]] = defaultdict(list)
         reached, kept = torch.zeros(block_size), torch.zeros(block_size)
         loss_sum = 0.0
         for domain, sequences, supervision in self._items:

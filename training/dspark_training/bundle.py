@@ -1,4 +1,4 @@
-"""From a trained drafter to a bundle that serves: a DeepSpec checkpoint without the target's frozen weights."""
+"""Bundles: a trained drafter as a DeepSpec checkpoint without the target's frozen weights, and back again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspark_serving.drafters import DrafterSpec, read_spec
 from dspark_training.config import DrafterShape
-from dspark_training.model import DSparkDrafter
+from dspark_training.model import DrafterDims, DSparkDrafter
 from dspark_training.target import Target
 from dspark_training.vocab import DraftVocab
 
@@ -84,3 +85,32 @@ def bundle_config(drafter: DSparkDrafter, target: Target, shape: DrafterShape, v
         "confidence_head_with_markov": True,
         "draft_vocab_size": len(vocab.ids_V),
     }
+
+
+def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[DSparkDrafter, DrafterSpec]:
+    """The drafter of a bundle in plain torch, and its description.
+
+    Raises:
+        CheckpointError: config.json is missing or contradicts itself.
+    """
+    spec = read_spec(directory)
+    config = json.loads((directory / "config.json").read_text())
+    drafter = DSparkDrafter(
+        DrafterDims(
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_layers=spec.layers,
+            num_heads=spec.num_attention_heads,
+            num_kv_heads=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
+            rms_norm_eps=config["rms_norm_eps"],
+            rope_theta=config["rope_parameters"]["rope_theta"],
+            num_features=len(spec.target_layer_ids),
+            vocab_size=spec.vocab_size,
+            block_size=spec.gamma,
+            mask_token_id=spec.mask_token_id,
+            markov_rank=spec.markov_rank,
+        )
+    )
+    drafter.load_state_dict(load_file(directory / "model.safetensors"))
+    return drafter.to(dtype).eval(), spec
