@@ -15,7 +15,9 @@ def run(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("command", [(), ("assets",), ("assets", "smollm2"), ("demo",), ("inspect",)])
+@pytest.mark.parametrize(
+    "command", [(), ("assets",), ("assets", "smollm2"), ("demo",), ("inspect",), ("train",), ("train-demo",)]
+)
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0
