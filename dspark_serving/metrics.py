@@ -6,7 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from prometheus_client import Gauge
 
@@ -80,7 +80,7 @@ class ServerMetrics:
     """Gauges on SGLang's /metrics; made in the scheduler, after SGLang has set up the multi-process registry."""
 
     def __init__(self, version: str) -> None:
-        mode = "mostrecent"
+        mode: Literal["mostrecent"] = "mostrecent"
         self._version = version
         self._active = Gauge(
             "dspark_plugin_active",

@@ -49,9 +49,7 @@ def speculative(
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_greedy_text_equals_stock(
-    speculative: tuple[str, Server], stock: list[list[int]], concurrency: int
-) -> None:
+def test_greedy_text_equals_stock(speculative: tuple[str, Server], stock: list[list[int]], concurrency: int) -> None:
     assert texts(speculative[1], concurrency=concurrency) == stock
 
 

@@ -155,14 +155,20 @@ def _draft_vocabulary(directory: Path, fields: _Fields, vocab_size: int) -> tupl
             raise fields.error("draft_vocab_size is missing beside draft_vocab.json", "both of them, or neither")
         return None
     ids = read_json_object(path, 'an object {"token_ids": [...]}').get("token_ids")
-    valid = isinstance(ids, list) and all(type(item) is int for item in ids)
-    if not valid or sorted(set(ids)) != ids or not ids or ids[0] < 0 or ids[-1] >= vocab_size or len(ids) != size:
+    if not isinstance(ids, list) or not _ascending_ids(ids, vocab_size) or len(ids) != size:
         raise CheckpointError(
             f"{path}: token_ids is not a list of {size} different ids",
             expected=f"draft_vocab_size ({size}) ascending ids below vocab_size ({vocab_size})",
             fix="Export the drafter again.",
         )
     return tuple(ids)
+
+
+def _ascending_ids(ids: list[Any], limit: int) -> bool:
+    """Whether `ids` is a non-empty, strictly ascending list of integers from 0 to limit - 1."""
+    if not ids or not all(type(item) is int for item in ids):
+        return False
+    return sorted(set(ids)) == ids and ids[0] >= 0 and ids[-1] < limit
 
 
 def _check_consistency(spec: DrafterSpec, fields: _Fields) -> None:
@@ -174,7 +180,7 @@ def _check_consistency(spec: DrafterSpec, fields: _Fields) -> None:
     if spec.mask_token_id >= spec.vocab_size:
         raise fields.error(f"mask_token_id is {spec.mask_token_id}", f"an id below vocab_size ({spec.vocab_size})")
     ids, last = spec.target_layer_ids, spec.num_target_layers - 1
-    if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= last:
+    if not _ascending_ids(list(ids), last):
         raise fields.error(
             f"target_layer_ids is {list(ids)}",
             f"ascending ids from 0 to {last - 1} (num_target_layers is {last + 1}; the last layer's output is not "

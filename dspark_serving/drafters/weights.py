@@ -98,10 +98,28 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
+def check_target_files(directory: Path) -> None:
+    """Check that a target's safetensors files are all there and whole, by their headers; other formats are SGLang's.
+
+    Raises:
+        CheckpointError: there are no weights at all, a file of the index is missing, or one is damaged.
+    """
+    names = [path.name for path in directory.iterdir()]
+    if not any("safetensors" in name for name in names) and any(name.endswith((".bin", ".gguf")) for name in names):
+        return
+    for path in weight_files(directory):
+        _open_whole(path)
+
+
 def _read(path: Path) -> list[tuple[str, torch.Tensor]]:
+    with _open_whole(path) as file:
+        return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+
+
+def _open_whole(path: Path) -> safe_open:
+    """Open a safetensors file; its header is checked against the file's size."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error})", expected="a complete safetensors file", fix="Copy the checkpoint again."

@@ -70,3 +70,37 @@ def draft_probs(original: Callable[..., Any], draft_block: Any, vocab: int, devi
 
 def no_fused_kv_write(self: Any, pool: Any) -> None:
     """Instead of building the fused KV write: SGLang falls back to plain torch."""
+
+
+def forget_packed_weight(result: None, self: Any, layer: Any) -> None:
+    """After the weights of a linear layer or a head were loaded."""
+    from dspark_serving.sglang_adapter.cpu import linear
+
+    linear.reset(layer)
+
+
+def apply_linear(original: Callable[..., Any], self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+    """Around an unquantised linear layer."""
+    from dspark_serving.sglang_adapter.cpu import linear
+
+    packed = linear.packed_weight(layer)
+    return original(self, layer, x, bias) if packed is None else packed(x, bias)
+
+
+def compute_lm_head(
+    original: Callable[..., Any],
+    self: Any,
+    hidden_states: Any,
+    lm_head: Any,
+    embedding_bias: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Around the projection to the vocabulary: only the plain bf16 product, which SGLang writes as a matmul."""
+    from dspark_serving.sglang_adapter.cpu import linear
+
+    special = self.use_fp32_lm_head or self.rl_on_policy_target is not None or hasattr(lm_head, "set_lora")
+    if not special and hasattr(lm_head, "weight"):
+        packed = linear.packed_weight(lm_head)
+        if packed is not None:
+            return packed(hidden_states.to(lm_head.weight.dtype))
+    return original(self, hidden_states, lm_head, embedding_bias, **kwargs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, NamedTuple
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from dspark_serving.config import load_config
 from dspark_serving.errors import EnvironmentMismatchError
 from dspark_serving.sglang_adapter import handlers
 from dspark_serving.sglang_adapter.cpu import enable
@@ -38,6 +39,7 @@ class Base(NamedTuple):
 
 _SPEC = "sglang.srt.speculative"
 _DSPARK = f"{_SPEC}.dspark_components"
+_UNQUANTIZED = "sglang.srt.layers.quantization.unquant.Unquantized"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 
 HOOKS = (
@@ -79,6 +81,23 @@ HOOKS = (
     Seam(
         "sglang.srt.models.dspark.DSparkDraftMixin._build_fused_kv_write_bundle", HookType.REPLACE,
         handlers.no_fused_kv_write, "self, pool", "the fused write is a Triton kernel", cpu_only=True,
+    ),
+    Seam(
+        f"{_UNQUANTIZED}LinearMethod.apply", HookType.AROUND, handlers.apply_linear, "self, layer, x, bias",
+        "oneDNN repacks a plain bf16 weight at every call", cpu_only=True,
+    ),
+    Seam(
+        f"{_UNQUANTIZED}LinearMethod.process_weights_after_loading", HookType.AFTER, handlers.forget_packed_weight,
+        "self, layer", "packed weights follow the loaded ones", cpu_only=True,
+    ),
+    Seam(
+        f"{_UNQUANTIZED}EmbeddingMethod.process_weights_after_loading", HookType.AFTER, handlers.forget_packed_weight,
+        "self, layer", "the same for the head", cpu_only=True,
+    ),
+    Seam(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", HookType.AROUND,
+        handlers.compute_lm_head, "self, hidden_states, lm_head, embedding_bias, out", "the same for the head",
+        cpu_only=True,
     ),
 )  # fmt: skip
 
@@ -137,8 +156,13 @@ BASES = (
 
 
 def active_hooks() -> tuple[Seam, ...]:
-    """The hooks of this machine."""
-    return tuple(hook for hook in HOOKS if not (hook.cpu_only and has_accelerator()))
+    """The hooks of this process: those for CPU only where there is no accelerator and the plugin is not disabled."""
+    return tuple(hook for hook in HOOKS if not hook.cpu_only or serves_on_cpu())
+
+
+def serves_on_cpu() -> bool:
+    """Whether this process runs models on CPU with our parts; --dspark-disable reaches spawned ones by variable."""
+    return not has_accelerator() and not load_config({}, os.environ).disable
 
 
 def check_signature(symbol: str, expected: str) -> None:
@@ -161,7 +185,7 @@ def register() -> None:
         check_signature(hook.symbol, hook.signature)
     for hook in active_hooks():
         HookRegistry.register(hook.symbol, hook.handler, hook.kind)
-    if not has_accelerator():
+    if serves_on_cpu():
         enable.register_backend()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -10,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dspark_serving.config import ServingConfig, flag
-from dspark_serving.drafters import DrafterSpec, check_fit, check_weights, read_spec
+from dspark_serving.config import ServingConfig, flag, variable
+from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, read_spec
+from dspark_serving.drafters.spec import read_json_object
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
 
@@ -38,6 +38,8 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
     cpu = not has_accelerator()
     if cpu:
         _fill_cpu_defaults(server_args)
+    if config.disable:
+        os.environ[variable("disable")] = "1"  # for the processes that SGLang spawns, which hook nothing then
     if wanted and config.disable:
         if cpu:
             logger.warning("%s: SGLang's own DSPARK cannot run here; serving without speculation", flag("disable"))
@@ -71,6 +73,7 @@ def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
     spec = read_spec(_local_directory(draft_path, "drafter"))
     check_fit(spec, target_config(model_path))
     check_weights(spec)
+    check_target_files(_local_directory(model_path, "target model"))
     return spec
 
 
@@ -81,15 +84,7 @@ def target_config(model_path: str) -> dict[str, Any]:
         CheckpointError: there is none.
     """
     path = _local_directory(model_path, "target model") / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the target model {model_path} has no readable config.json ({error})",
-            expected="a checkpoint directory as transformers writes it",
-            fix="Check --model-path.",
-        ) from error
-    return dict(found)
+    return read_json_object(path, "the target's config.json, as transformers writes it")
 
 
 def _local_directory(name: str, role: str) -> Path:
@@ -146,8 +141,11 @@ def resolve_as_cuda(original: Callable[[Any], None], server_args: Any) -> None:
 def _fill_cpu_defaults(server_args: Any) -> None:
     filled = {name: value for name, value in CPU_DEFAULTS.items() if getattr(server_args, name) is None}
     # SGLang would turn a float32 checkpoint into float16, which a CPU has no fast arithmetic for.
-    if server_args.dtype == "auto" and target_config(server_args.model_path).get("dtype") == "float32":
-        filled["dtype"] = "float32"
+    local_config = Path(server_args.model_path).expanduser() / "config.json"
+    if server_args.dtype == "auto" and local_config.is_file():
+        config = read_json_object(local_config, "a checkpoint's config.json")
+        if config.get("dtype", config.get("torch_dtype")) == "float32":
+            filled["dtype"] = "float32"
     filled["sleep_on_idle"] = True  # an idle scheduler would otherwise keep a core busy
     _declare(server_args, **filled)
     logger.info("no accelerator here: %s", ", ".join(f"{name}={value}" for name, value in filled.items()))

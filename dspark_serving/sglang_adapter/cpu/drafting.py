@@ -6,16 +6,18 @@ ten times the draft layers. This one also knows drafters with a reduced vocabula
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.speculative.dspark_components.dspark_draft import DraftBlockResult, DraftProposal, resolve_draft_params
 from torch.nn.functional import linear
 
+from dspark_serving.sglang_adapter.cpu.linear import PackedWeight, is_packable
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
 
-class SampledBlock(DraftBlockResult, frozen=True):
+class SampledBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]  # a msgspec.Struct, not typed here
     """A drafted block that carries the distributions its tokens were drawn from."""
 
     draft_probs: torch.Tensor | None = None
@@ -43,7 +45,9 @@ class DraftChain:
     def __init__(
         self, head_VD: torch.Tensor, markov_head: Any, vocab_size: int, token_ids: torch.Tensor | None
     ) -> None:
-        self._head_VD = head_VD if token_ids is None else head_VD[token_ids].contiguous()
+        rows_VD = head_VD if token_ids is None else head_VD[token_ids].contiguous()
+        self._project = PackedWeight(rows_VD) if is_packable(rows_VD) else partial(linear, weight=rows_VD)
+        self._head_dtype = head_VD.dtype
         self._markov_head = markov_head
         self._vocab_size = vocab_size
         self._token_ids = token_ids
@@ -59,7 +63,7 @@ class DraftChain:
         greedy_B: torch.Tensor,
     ) -> Chain:
         """Draft gamma tokens a request; rows of `greedy_B` take the most probable token at every step."""
-        base_BGV = linear(hidden_BGD.to(self._head_VD.dtype), self._head_VD)
+        base_BGV = self._project(hidden_BGD.to(self._head_dtype))
         all_greedy = bool(greedy_B.all())
         state = self._markov_head.init_state(hidden_BGD)
         previous_B, tokens, probs = anchors_B, [], []

@@ -48,7 +48,7 @@ def prepare_worker(worker: Any, spec: DrafterSpec) -> None:
 class _HostTensor(torch.Tensor):
     """A tensor on the host, where there are no streams to record."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def record_stream(self, stream: object) -> None:
         """Nothing to do: the host runs in order."""

@@ -1,0 +1,56 @@
+"""The contract with SGLang: every symbol that we hook or extend still looks as it did when this release was built."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from dspark_serving.errors import EnvironmentMismatchError
+from dspark_serving.sglang_adapter import hooks
+
+
+@pytest.mark.parametrize("seam", [*hooks.HOOKS, *hooks.BASES], ids=lambda seam: seam.symbol)
+def test_signature_is_unchanged(seam: hooks.Seam | hooks.Base) -> None:
+    hooks.check_signature(seam.symbol, seam.signature)
+
+
+def test_a_changed_signature_is_named() -> None:
+    hook = hooks.HOOKS[0]
+    with pytest.raises(EnvironmentMismatchError, match=hook.symbol.replace(".", r"\.")):
+        hooks.check_signature(hook.symbol, hook.signature + ", something_new")
+
+
+def test_a_vanished_symbol_is_named() -> None:
+    with pytest.raises(EnvironmentMismatchError, match="ServerArgs.gone"):
+        hooks.check_signature("sglang.srt.server_args.ServerArgs.gone", "self")
+
+
+def test_every_symbol_is_hooked_once_and_says_why() -> None:
+    symbols = [hook.symbol for hook in hooks.HOOKS]
+    assert len(symbols) == len(set(symbols))
+    assert all(seam.why for seam in (*hooks.HOOKS, *hooks.BASES))
+
+
+def test_handlers_take_what_their_hook_passes() -> None:
+    for hook in hooks.HOOKS:
+        parameters = inspect.signature(hook.handler).parameters.values()
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            continue
+        extra = 0 if hook.kind.value in ("before", "replace") else 1
+        required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert len(required) <= len(hook.signature.split(", ")) + extra, hook.symbol
+
+
+def test_an_unapplied_hook_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[str] = []
+    monkeypatch.setattr(HookRegistry, "register", lambda symbol, handler, kind: registered.append(symbol))
+    missing = hooks.Seam(
+        "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.is_none", hooks.HOOKS[0].kind, print, "self", "a test"
+    )
+    monkeypatch.setattr(hooks, "HOOKS", (missing,))
+    hooks.register()
+    assert registered == [missing.symbol]
+    with pytest.raises(EnvironmentMismatchError, match=r"is_none was not applied"):
+        hooks.check_applied()

@@ -1,0 +1,174 @@
+"""Options, version check, refusals and defaults of the plugin, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import make_tiny_drafter, make_tiny_target
+
+from dspark_serving.config import ServingConfig, load_config
+from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
+from dspark_serving.sglang_adapter import options, plugin, resolution
+
+SGLANG_ALGORITHM = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
+
+
+def parse(*arguments: str) -> ServingConfig:
+    parser = argparse.ArgumentParser()
+    options.add_cli_args(parser)
+    return options.attach(SimpleNamespace(), parser.parse_args(arguments))
+
+
+def test_options_come_from_flag_then_variable_then_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse() == ServingConfig(policy="full", threshold=0.3, disable=False)
+    monkeypatch.setenv("DSPARK_POLICY", "off")
+    monkeypatch.setenv("DSPARK_THRESHOLD", "0.5")
+    assert parse() == ServingConfig(policy="off", threshold=0.5)
+    assert parse("--dspark-policy", "threshold", "--dspark-disable") == ServingConfig(
+        policy="threshold", threshold=0.5, disable=True
+    )
+
+
+def test_an_engine_without_command_line_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_POLICY", "off")
+    assert options.config_of(SimpleNamespace()).policy == "off"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({"policy": "best"}, "policy"), ({"threshold": "1.5"}, "threshold"), ({"threshold": "much"}, "threshold")],
+)
+def test_a_bad_option_names_flag_and_variable(given: dict[str, str], name: str) -> None:
+    with pytest.raises(OptionError, match=f"--dspark-{name}") as refusal:
+        load_config(given, {})
+    assert f"DSPARK_{name.upper()}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("version", ["0.5.22", "0.5.24", "0.6.0"])
+def test_refuses_other_versions_of_sglang(version: str) -> None:
+    with pytest.raises(
+        EnvironmentMismatchError, match=rf"SGLang {version} is installed; expected a version >=0\.5\.23"
+    ):
+        plugin.check_sglang_version(version)
+
+
+def test_accepts_patches_of_the_supported_version() -> None:
+    plugin.check_sglang_version("0.5.23")
+    plugin.check_sglang_version("0.5.23.post1")
+
+
+SERVE_WITH_BROKEN_PLUGIN = """
+import importlib.metadata, types
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.9.0" if name == "sglang" else real(name)
+from sglang.srt.plugins import load_plugins
+load_plugins()  # logs the failure and goes on
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+SpeculativeAlgorithm.from_string({name!r}).{method}(types.SimpleNamespace(speculative_algorithm={name!r}))
+"""
+
+
+@pytest.mark.parametrize("method", ["handle_server_args", "create_worker"])
+def test_stock_code_does_not_serve_under_our_name(method: str) -> None:
+    code = SERVE_WITH_BROKEN_PLUGIN.format(name="DSPARK", method=method)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("dspark: error: SGLang 0.9.0 is installed; expected a version >=0.5.23,<0.5.24")
+
+
+def test_an_unexpected_failure_keeps_its_reason() -> None:
+    error = plugin._as_dspark_error(ImportError("no module named torch"))
+    assert "ImportError: no module named torch" in str(error)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    make_tiny_target(path)
+    return path
+
+
+@pytest.fixture
+def drafter(tmp_path: Path, target: Path) -> Path:
+    make_tiny_drafter(tmp_path, resolution.target_config(str(target)), confidence=False)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def clean_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def server_args(target: Path, drafter: Path | None, **fields: Any) -> Any:
+    from sglang.srt.server_args import ServerArgs
+
+    return ServerArgs(
+        model_path=str(target),
+        speculative_algorithm="dspark",
+        speculative_draft_model_path=None if drafter is None else str(drafter),
+        **fields,
+    )
+
+
+def resolved(args: Any, name: str) -> Any:
+    from sglang.srt.arg_groups.overrides import resolution_result
+
+    return resolution_result(args, name)
+
+
+def test_no_drafter_path(target: Path) -> None:
+    with pytest.raises(OptionError, match="no drafter is given"):
+        resolution.prepare(server_args(target, None), ServingConfig())
+
+
+def test_missing_target(tmp_path: Path, drafter: Path) -> None:
+    with pytest.raises(CheckpointError, match="target model directory"):
+        resolution.prepare(server_args(tmp_path / "nowhere", drafter), ServingConfig())
+
+
+def test_a_drafter_without_confidences_is_verified_fully(target: Path, drafter: Path) -> None:
+    resolution.prepare(server_args(target, drafter), ServingConfig())
+    assert os.environ[resolution.RAGGED_MODE] == "static"
+    with pytest.raises(OptionError, match="no confidence head"):
+        resolution.prepare(server_args(target, drafter), ServingConfig(policy="threshold"))
+
+
+@pytest.mark.skipif(resolution.has_accelerator(), reason="defaults of a machine without accelerator")
+def test_cpu_defaults_fill_only_what_is_unset(target: Path, drafter: Path) -> None:
+    args = server_args(target, drafter, max_total_tokens=4096)
+    resolution.prepare(args, ServingConfig())
+    assert [resolved(args, name) for name in ("device", "attention_backend", "max_total_tokens", "dtype")] == [
+        "cpu",
+        "torch_native",
+        4096,
+        "float32",
+    ]
+
+
+@pytest.mark.skipif(resolution.has_accelerator(), reason="with an accelerator SGLang's own DSPARK serves")
+def test_disable_serves_without_speculation_on_cpu(target: Path, tmp_path: Path) -> None:
+    args = server_args(target, tmp_path / "no drafter is read")
+    resolution.prepare(args, ServingConfig(disable=True))
+    assert resolved(args, "speculative_algorithm") is None
+    assert os.environ["DSPARK_DISABLE"] == "1"
+
+
+def test_port_in_use() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(EnvironmentMismatchError, match="cannot listen on 127.0.0.1"):
+            resolution.check_port("127.0.0.1", other.getsockname()[1])
