@@ -23,7 +23,7 @@ def test_a_changed_signature_is_named() -> None:
 
 
 def test_a_vanished_symbol_is_named() -> None:
-    with pytest.raises(EnvironmentMismatchError, match="ServerArgs.gone"):
+    with pytest.raises(EnvironmentMismatchError, match=r"ServerArgs\.gone"):
         hooks.check_signature("sglang.srt.server_args.ServerArgs.gone", "self")
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_drafter, make_tiny_target
 
 from dspark_serving.drafters import check_fit, check_target_files, check_weights, read_spec
 from dspark_serving.errors import CheckpointError
 from dspark_serving.sglang_adapter.resolution import check_drafter
+from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def fill_nan(weights: dict[str, torch.Tensor]) -> None:
 
 REFUSED: dict[str, tuple[Edit, str]] = {
     "no config": (lambda path: (path / "config.json").unlink(), "config.json does not exist"),
-    "config is no JSON": (lambda path: (path / "config.json").write_text("{") and None, "cannot be read"),
-    "config is a list": (lambda path: (path / "config.json").write_text("[]") and None, "holds a list"),
+    "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "cannot be read"),
+    "config is a list": (lambda path: (path / "config.json").write_text("[]"), "holds a list"),
     "unknown architecture": (config_with(architectures=["LlamaForCausalLMEagle3"]), "LlamaForCausalLMEagle3"),
     "unknown Markov head": (config_with(markov_head_type="hopfield"), "hopfield"),
     "no Markov head": (config_with(markov_rank=0), "markov_rank is 0"),
@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "draft vocabulary of another size": (config_with(draft_vocab_size=7), "draft_vocab.json"),
     "draft vocabulary not declared": (config_with(draft_vocab_size=None), "draft_vocab_size is missing"),
     "draft ids not ascending": (
-        lambda path: (path / "draft_vocab.json").write_text(json.dumps({"token_ids": [5] * 80})) and None,
+        lambda path: (path / "draft_vocab.json").write_text(json.dumps({"token_ids": [5] * 80})),
         "different ids",
     ),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "does not exist"),

@@ -13,13 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import make_tiny_drafter, make_tiny_target
 
 from dspark_serving.config import ServingConfig, load_config
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
 from dspark_serving.sglang_adapter import options, plugin, resolution
-
-SGLANG_ALGORITHM = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm"
+from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
+from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
 
 def parse(*arguments: str) -> ServingConfig:
@@ -146,7 +145,7 @@ def test_a_drafter_without_confidences_is_verified_fully(target: Path, drafter: 
         resolution.prepare(server_args(target, drafter), ServingConfig(policy="threshold"))
 
 
-@pytest.mark.skipif(resolution.has_accelerator(), reason="defaults of a machine without accelerator")
+@pytest.mark.skipif(has_accelerator(), reason="defaults of a machine without accelerator")
 def test_cpu_defaults_fill_only_what_is_unset(target: Path, drafter: Path) -> None:
     args = server_args(target, drafter, max_total_tokens=4096)
     resolution.prepare(args, ServingConfig())
@@ -158,7 +157,7 @@ def test_cpu_defaults_fill_only_what_is_unset(target: Path, drafter: Path) -> No
     ]
 
 
-@pytest.mark.skipif(resolution.has_accelerator(), reason="with an accelerator SGLang's own DSPARK serves")
+@pytest.mark.skipif(has_accelerator(), reason="with an accelerator SGLang's own DSPARK serves")
 def test_disable_serves_without_speculation_on_cpu(target: Path, tmp_path: Path) -> None:
     args = server_args(target, tmp_path / "no drafter is read")
     resolution.prepare(args, ServingConfig(disable=True))
@@ -170,5 +169,5 @@ def test_port_in_use() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(EnvironmentMismatchError, match="cannot listen on 127.0.0.1"):
+        with pytest.raises(EnvironmentMismatchError, match=r"cannot listen on 127\.0\.0\.1"):
             resolution.check_port("127.0.0.1", other.getsockname()[1])

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server import Server, serve
-from tiny_models import make_tiny_drafter, make_tiny_target
+
+from tests.server import Server, serve
+from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
 pytestmark = pytest.mark.real_server
 

@@ -1,0 +1,143 @@
+"""Drafting and rejection on CPU: against a plain loop, and by the frequencies of what they emit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dspark_serving.sglang_adapter.cpu.drafting import DraftChain
+from dspark_serving.sglang_adapter.cpu.sampling import chain_speculative_sampling
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def accept_chain(
+    candidates: torch.Tensor, target: torch.Tensor, draft: torch.Tensor, uniform: torch.Tensor, final: torch.Tensor
+) -> tuple[list[int], torch.Tensor]:
+    """The rejection rule under test, called as SGLang calls it; returns counts and the token after each row."""
+    requests, width = candidates.shape
+    index = torch.arange(requests * width).view(requests, width)
+    predicts, accepted = torch.full((requests * width,), -1), torch.full((requests, width), -1)
+    counts = torch.zeros(requests, dtype=torch.int32)
+    chain_speculative_sampling(
+        predicts, accepted, counts, candidates, index, index, index, uniform, final, target, draft, 1.0, 1.0, True
+    )
+    for request, count in enumerate(counts.tolist()):
+        assert accepted[request, : count + 1].tolist() == index[request, : count + 1].tolist()
+    return counts.tolist(), predicts.view(requests, width)
+
+
+def test_rejection_keeps_the_target_distribution() -> None:
+    """Frequencies of the first two emitted tokens equal the target's joint distribution (chi-square)."""
+    trials, vocab = 40_000, 3
+    target = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
+    draft = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.4, 0.1]])
+    first = torch.multinomial(draft[0], trials, replacement=True)
+    second = torch.multinomial(draft[1], trials, replacement=True)
+    candidates = torch.stack([torch.zeros(trials, dtype=torch.long), first, second], dim=1)
+    counts, following = accept_chain(
+        candidates,
+        target.expand(trials, 3, vocab).contiguous(),
+        draft.expand(trials, 2, vocab).contiguous(),
+        torch.rand(trials, 2),
+        torch.rand(trials),
+    )
+    observed = torch.bincount(following[:, 0], minlength=vocab).double()
+    expected = target[0].double() * trials
+    assert float(((observed - expected) ** 2 / expected).sum()) < 13.8  # p = 0.001 with two degrees of freedom
+    went_on = torch.tensor(counts) >= 1
+    observed = torch.bincount(following[went_on, 1], minlength=vocab).double()
+    expected = target[1].double() * int(went_on.sum())
+    assert float(((observed - expected) ** 2 / expected).sum()) < 13.8
+
+
+def test_rejection_against_the_wrong_distribution_is_noticed() -> None:
+    """Negative control of the test above: rejecting with other probabilities than were drawn from shows."""
+    trials = 40_000
+    target, sampled, claimed = torch.tensor([0.6, 0.4]), torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.5])
+    drafts = torch.multinomial(sampled, trials, replacement=True)
+    candidates = torch.stack([torch.zeros(trials, dtype=torch.long), drafts], dim=1)
+    _, following = accept_chain(
+        candidates,
+        target.expand(trials, 2, 2).contiguous(),
+        claimed.expand(trials, 1, 2).contiguous(),
+        torch.rand(trials, 1),
+        torch.rand(trials),
+    )
+    observed = torch.bincount(following[:, 0], minlength=2).double()
+    expected = target.double() * trials
+    assert float(((observed - expected) ** 2 / expected).sum()) > 100.0
+
+
+def test_rejection_never_emits_an_impossible_token() -> None:
+    target = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]])
+    draft = torch.tensor([[[0.5, 0.5, 0.0]]])
+    for uniform, final in ((0.0, 1.0), (0.999, 0.999999), (0.5, 0.0)):
+        _, following = accept_chain(
+            torch.tensor([[0, 1]]), target, draft, torch.tensor([[uniform]]), torch.tensor([final])
+        )
+        assert target[0, 1, following[0, 1]] > 0
+
+
+class Markov(nn.Module):
+    """The vanilla head as SGLang's module offers it."""
+
+    def __init__(self, vocab: int, rank: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocab, rank)
+        self.markov_w2 = nn.Linear(rank, vocab, bias=False)
+
+    def init_state(self, hidden_states: torch.Tensor) -> None:
+        return None
+
+    def step_bias(self, previous: torch.Tensor, *, hidden_states: Any, state: Any) -> tuple[torch.Tensor, None]:
+        return self.markov_w2(self.markov_w1(previous)), None
+
+
+VOCAB, HIDDEN, GAMMA = 30, 12, 4
+
+
+@pytest.mark.parametrize("ids", [None, [1, 4, 5, 9, 20, 29]], ids=["whole", "reduced"])
+@torch.no_grad()
+def test_greedy_chain_equals_a_plain_loop(ids: list[int] | None) -> None:
+    head, markov = torch.randn(VOCAB, HIDDEN), Markov(VOCAB, 5)
+    w1, w2 = markov.markov_w1.weight.clone(), markov.markov_w2.weight.clone()
+    chain = DraftChain(head, markov, VOCAB, None if ids is None else torch.tensor(ids))
+    hidden, anchors = torch.randn(3, GAMMA, HIDDEN), torch.tensor([2, 7, 11])
+    found = chain.draft(hidden, anchors, torch.ones(3), torch.ones(3, dtype=torch.bool))
+    allowed = torch.full((VOCAB,), -math.inf)
+    allowed[ids if ids is not None else slice(None)] = 0.0
+    for request in range(3):
+        token = int(anchors[request])
+        for step in range(GAMMA):
+            logits = head @ hidden[request, step] + w2 @ w1[token] + allowed
+            token = int(logits.argmax())
+            assert int(found.tokens_BG[request, step]) == token
+    assert found.probs_BGV is None
+
+
+@torch.no_grad()
+def test_sampled_chain_draws_from_the_probabilities_that_it_reports() -> None:
+    ids = torch.tensor([1, 4, 5, 9])
+    chain = DraftChain(torch.randn(VOCAB, HIDDEN), Markov(VOCAB, 5), VOCAB, ids)
+    requests = 20_000
+    hidden = torch.randn(1, 1, HIDDEN).expand(requests, 1, HIDDEN)
+    anchors = torch.full((requests,), 3)
+    greedy = torch.zeros(requests, dtype=torch.bool)
+    greedy[0] = True
+    found = chain.draft(hidden, anchors, torch.full((requests,), 2.0), greedy)
+    assert found.probs_BGV is not None
+    probs = found.probs_BGV[1, 0]
+    assert probs.shape == (VOCAB,)
+    assert set(probs.nonzero().flatten().tolist()) == set(ids.tolist())
+    observed = torch.bincount(found.tokens_BG[1:, 0], minlength=VOCAB)[ids].double()
+    expected = probs[ids].double() * (requests - 1)
+    assert float(((observed - expected) ** 2 / expected).sum()) < 16.3  # p = 0.001 with three degrees of freedom
+    assert int(found.tokens_BG[0, 0]) == int(probs.argmax())
