@@ -14,7 +14,13 @@ from torch import nn
 
 from dspark_serving.errors import EnvironmentMismatchError
 from dspark_serving.sglang_adapter.cpu import kernels, standins
-from dspark_serving.sglang_adapter.cpu.attention import BatchedTorchNativeBackend, Rows, attend, attention_bias
+from dspark_serving.sglang_adapter.cpu.attention import (
+    BatchedTorchNativeBackend,
+    Rows,
+    attend,
+    attention_bias,
+    unpack_tree_mask,
+)
 from dspark_serving.sglang_adapter.cpu.linear import PackedWeight, is_packable
 
 HEADS, KV_HEADS, DIM, POOL = 6, 2, 8, 200
@@ -80,14 +86,20 @@ def test_attention_equals_a_dense_reference(
 
 
 def test_attention_follows_a_tree_mask(cache: tuple[torch.Tensor, torch.Tensor]) -> None:
-    rows = Rows(torch.tensor([3]), torch.tensor([8]), slots_for([8]))
-    tree = torch.ones(1, 3, 8, dtype=torch.bool)
-    tree[0, 1, 7] = tree[0, 2, 6] = tree[0, 0, 6:] = False
-    bias = attention_bias(rows._replace(tree_mask_BQL=tree), causal=True, window=-1, dtype=torch.float32)
-    query = torch.randn(3, HEADS, DIM)
-    slots = rows.slots_BL[0]
-    expected = dense_attention(query, cache[0][slots], cache[1][slots], tree[0], 0.3)
-    torch.testing.assert_close(attend(query, *cache, rows, bias, scaling=0.3), expected)
+    # Two trees of three drafts: a chain, and two children of the first node.
+    trees = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 0, 1]]])
+    kv_lens = [8, 5]
+    rows = Rows(torch.tensor([3, 3]), torch.tensor(kv_lens), slots_for(kv_lens))
+    rows = rows._replace(tree_mask_BQL=unpack_tree_mask(trees.flatten(), rows))
+    bias = attention_bias(rows, causal=True, window=-1, dtype=torch.float32)
+    query = torch.randn(6, HEADS, DIM)
+    found = attend(query, *cache, rows, bias, scaling=0.3)
+    for request, kv_len in enumerate(kv_lens):
+        slots = rows.slots_BL[request, :kv_len]
+        seen = torch.cat([torch.ones(3, kv_len - 3), trees[request]], dim=1).bool()
+        own = slice(3 * request, 3 * request + 3)
+        expected = dense_attention(query[own], cache[0][slots], cache[1][slots], seen, 0.3)
+        torch.testing.assert_close(found[own], expected)
 
 
 class Pool:

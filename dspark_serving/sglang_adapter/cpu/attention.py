@@ -129,7 +129,7 @@ class BatchedTorchNativeBackend(TorchNativeAttnBackend):
         slots_BL = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, :length].long()
         rows = Rows(q_lens_B.long(), kv_lens_B.long(), slots_BL)
         tree = getattr(forward_batch.spec_info, "custom_mask", None) if verify else None
-        return rows if tree is None else rows._replace(tree_mask_BQL=_unpack_tree_mask(tree, rows))
+        return rows if tree is None else rows._replace(tree_mask_BQL=unpack_tree_mask(tree, rows))
 
     def forward_decode(
         self,
@@ -229,10 +229,15 @@ def _verify_lens(forward_batch: ForwardBatch) -> torch.Tensor:
     return torch.full_like(forward_batch.seq_lens, forward_batch.spec_info.draft_token_num)
 
 
-def _unpack_tree_mask(flat: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """SGLang's packed tree mask (request after request, [Q, context]) as [B, Q, L]."""
-    width, length = int(rows.q_lens_B.max()), rows.slots_BL.shape[1]
-    mask_BQL = torch.zeros(rows.slots_BL.shape[0], width, length, dtype=torch.bool)
-    inside_BQL = (torch.arange(length) < rows.kv_lens_B[:, None])[:, None].expand_as(mask_BQL)
-    mask_BQL[inside_BQL] = flat[: int((rows.kv_lens_B * width).sum())].bool()
-    return mask_BQL
+def unpack_tree_mask(flat: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """SGLang's tree mask on CPU, among the drafts only (request after request, [Q, Q]), as [B, Q, L].
+
+    Every row also sees the whole committed context.
+    """
+    requests, length = rows.slots_BL.shape
+    width = int(rows.q_lens_B.max())
+    draft_BL = torch.arange(length) - (rows.kv_lens_B - width)[:, None]  # < 0 in the committed context
+    in_block_BL = (draft_BL >= 0) & (draft_BL < width)
+    index_BQL = draft_BL.clamp(0, width - 1)[:, None].expand(requests, width, length)
+    tree_BQL = flat.view(requests, width, width).bool().gather(2, index_BQL)
+    return (draft_BL < 0)[:, None] | (in_block_BL[:, None] & tree_BQL)
