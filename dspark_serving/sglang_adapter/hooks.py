@@ -40,6 +40,7 @@ class Base(NamedTuple):
 _SPEC = "sglang.srt.speculative"
 _DSPARK = f"{_SPEC}.dspark_components"
 _UNQUANTIZED = "sglang.srt.layers.quantization.unquant.Unquantized"
+_STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 
 HOOKS = (
@@ -58,8 +59,7 @@ HOOKS = (
         "serve our worker; the enum member stays, dozens of call sites test for it",
     ),
     Seam(
-        "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
-        HookType.AFTER, handlers.get_internal_state, "self, recv_req",
+        f"{_STATE}.get_internal_state", HookType.AFTER, handlers.get_internal_state, "self, recv_req",
         "proof of being active, timings and accepted length in /server_info",
     ),
     Seam(

@@ -70,10 +70,10 @@ def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
             expected="--speculative-draft-model-path with a DSpark drafter made for this target",
             fix="Add it, or drop --speculative-algorithm.",
         )
-    spec = read_spec(_local_directory(draft_path, "drafter"))
+    spec = read_spec(local_directory(draft_path, "drafter"))
     check_fit(spec, target_config(model_path))
     check_weights(spec)
-    check_target_files(_local_directory(model_path, "target model"))
+    check_target_files(local_directory(model_path, "target model"))
     return spec
 
 
@@ -83,11 +83,11 @@ def target_config(model_path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    path = _local_directory(model_path, "target model") / "config.json"
+    path = local_directory(model_path, "target model") / "config.json"
     return read_json_object(path, "the target's config.json, as transformers writes it")
 
 
-def _local_directory(name: str, role: str) -> Path:
+def local_directory(name: str, role: str) -> Path:
     """`name` as a directory: itself, or the local snapshot of a repository on the hub."""
     path = Path(name).expanduser()
     if path.is_dir():

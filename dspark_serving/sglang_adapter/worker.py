@@ -15,7 +15,7 @@ from dspark_serving import __version__
 from dspark_serving.drafters import read_spec
 from dspark_serving.metrics import RoundStats, ServerMetrics
 from dspark_serving.scheduler.policies import Policy, make_policy
-from dspark_serving.sglang_adapter import options
+from dspark_serving.sglang_adapter import options, resolution
 from dspark_serving.sglang_adapter.planner import PolicyPlanner
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
@@ -34,10 +34,13 @@ class DsparkServingWorker(DSparkWorkerV2):
             super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
         if not self._hosts_draft:
             return
+        spec = read_spec(resolution.local_directory(server_args.speculative_draft_model_path, "drafter"))
         if self._on_cpu:
             from dspark_serving.sglang_adapter.cpu import enable
 
-            enable.prepare_worker(self, read_spec(server_args.speculative_draft_model_path))
+            enable.prepare_worker(self, spec)
+        elif spec.draft_token_ids is not None:
+            logger.warning("%s: its reduced vocabulary is used on CPU only; drafting from all tokens here", spec.path)
         self.use(self.policy)
         self._time_phases()
 
