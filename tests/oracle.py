@@ -54,13 +54,13 @@ def speculative_decode(
         features = torch.cat([out.hidden_states[i + 1] for i in layer_ids], dim=-1)
         return out.logits[0].argmax(-1), features.float()
 
-    ids = prompt + [int(run(prompt)[0][-1])]  # prefill draws the first anchor
+    ids = [*prompt, int(run(prompt)[0][-1])]  # prefill draws the first anchor
     decoded = Decoded([ids[-1]], [], [])
     while len(decoded.tokens) < max_new_tokens:
         draft = draft_block(drafter, target, run(ids)[1][:, :-1], ids[-1], allowed)
         best = run(ids + draft)[0][len(ids) - 1 :].tolist()  # best[k] is the target's token in place of draft[k]
         accepted = next((k for k, token in enumerate(draft) if token != best[k]), len(draft))
-        ids += draft[:accepted] + [best[accepted]]
+        ids += [*draft[:accepted], best[accepted]]
         decoded.tokens.extend(ids[len(prompt) + len(decoded.tokens) :])
         decoded.drafts.append(draft)
         decoded.accepted.append(accepted)

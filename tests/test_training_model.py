@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,33 +13,41 @@ from dspark_training.config import DrafterShape
 from dspark_training.data import Sample
 from dspark_training.evaluate import walk, walk_drafter, walk_prompt_lookup
 from dspark_training.losses import Weights
+from dspark_training.model import DSparkDrafter
 from dspark_training.objective import DraftObjective
 from dspark_training.target import Target
 from dspark_training.vocab import DraftVocab
 
-from dspark_serving.drafters import check_fit, check_weights
+from dspark_serving.drafters import DrafterSpec, check_fit, check_weights
 from tests.oracle import speculative_decode
 from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
 PROMPT = [40, 41, 42, 70, 71, 40, 41, 42, 90]
 
 
+class Tiny(NamedTuple):
+    root: Path
+    target: Target
+    drafter: DSparkDrafter
+    spec: DrafterSpec
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")
     config = make_tiny_target(root / "target", "llama")
     make_tiny_drafter(root / "drafter", config, gamma=4)
     target = Target.load(root / "target")
     drafter, spec = load_bundle(root / "drafter")
-    return root, target, drafter, spec
+    return Tiny(root, target, drafter, spec)
 
 
-def features_of(target: Target, spec, ids):
+def features_of(target: Target, spec: DrafterSpec, ids: list[int]) -> torch.Tensor:
     ids_BT = torch.tensor([ids])
     return target.features(ids_BT, torch.ones_like(ids_BT), spec.target_layer_ids).context_BTM
 
 
-def test_captured_features_are_hf_hidden_states(tiny):
+def test_captured_features_are_hf_hidden_states(tiny: Tiny) -> None:
     _, target, _, spec = tiny
     ids = torch.tensor([PROMPT])
     hidden = target.model(ids, output_hidden_states=True).hidden_states
@@ -46,7 +55,7 @@ def test_captured_features_are_hf_hidden_states(tiny):
     torch.testing.assert_close(features_of(target, spec, PROMPT), want)
 
 
-def test_a_block_sees_the_context_before_its_anchor_and_nothing_behind(tiny):
+def test_a_block_sees_the_context_before_its_anchor_and_nothing_behind(tiny: Tiny) -> None:
     _, target, drafter, spec = tiny
     features = features_of(target, spec, PROMPT)
     anchors, ids = torch.tensor([[5]]), torch.tensor([[PROMPT[5]]])
@@ -59,7 +68,7 @@ def test_a_block_sees_the_context_before_its_anchor_and_nothing_behind(tiny):
     assert not torch.allclose(drafter.hidden(seen_part, anchors, ids, embedding), base)  # negative control
 
 
-def test_confidence_of_a_position_does_not_see_its_own_token(tiny):
+def test_confidence_of_a_position_does_not_see_its_own_token(tiny: Tiny) -> None:
     _, target, drafter, spec = tiny
     features = features_of(target, spec, PROMPT)
     anchors = torch.tensor([[5]])
@@ -72,14 +81,14 @@ def test_confidence_of_a_position_does_not_see_its_own_token(tiny):
     assert not torch.allclose(before[..., 2], after[..., 2])
 
 
-def test_speculative_decoding_emits_the_targets_own_greedy_text(tiny):
+def test_speculative_decoding_emits_the_targets_own_greedy_text(tiny: Tiny) -> None:
     _, target, drafter, spec = tiny
     decoded = speculative_decode(drafter, target.model, spec.target_layer_ids, PROMPT, 24)
     alone = target.model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)[0, len(PROMPT) :]
     assert decoded.tokens[: len(alone)] == alone.tolist()
 
 
-def test_the_walk_equals_the_real_loop(tiny):
+def test_the_walk_equals_the_real_loop(tiny: Tiny) -> None:
     _, target, drafter, spec = tiny
     vocab = DraftVocab(range(spec.vocab_size), spec.vocab_size)
     objective = DraftObjective(drafter, target, vocab, Weights(0.1, 0.9, 1.0), 4.0)
@@ -91,7 +100,7 @@ def test_the_walk_equals_the_real_loop(tiny):
     assert got[: len(inside)] == inside
 
 
-def _ends(accepted):
+def _ends(accepted: list[int]) -> list[int]:
     """Index of the newest token after each round; the prefill gave token 0."""
     at, ends = 0, []
     for n in accepted:
@@ -100,12 +109,12 @@ def _ends(accepted):
     return ends
 
 
-def test_walk_counts_rounds():
+def test_walk_counts_rounds() -> None:
     assert walk([2, 0, 1, 0, 0]).accepted == [2, 0, 0]
     assert walk([2, 0, 1, 0]).accepted_length == pytest.approx(1 + 2 / 2)
 
 
-def test_prompt_lookup_copies_what_followed_the_longest_match():
+def test_prompt_lookup_copies_what_followed_the_longest_match() -> None:
     ids = [1, 2, 3, 9, 8, 1, 2, 3, 9, 8]
     sample = Sample("x", "math", 0.0, ids[:5], ids[5:])
     # from token 1 (a 1-gram seen before): 2 3 9 8 follow, all of them right
@@ -113,7 +122,7 @@ def test_prompt_lookup_copies_what_followed_the_longest_match():
     assert walk_prompt_lookup(Sample("y", "math", 0.0, [1, 2], [5, 6, 7]), block_size=5).accepted == [0, 0]
 
 
-def test_an_exported_bundle_drafts_like_the_trained_drafter(tiny, tmp_path: Path):
+def test_an_exported_bundle_drafts_like_the_trained_drafter(tiny: Tiny, tmp_path: Path) -> None:
     root, target, drafter, spec = tiny
     shape = DrafterShape(
         num_layers=2, block_size=4, target_layer_ids=spec.target_layer_ids, mask_token_id=3, markov_rank=8

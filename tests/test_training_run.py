@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -15,7 +16,7 @@ from dspark_training.data import Sample, SampleStore, read_prompts
 from dspark_training.generate import Request, complete
 from dspark_training.run import DEMO_RECIPE, load_recipe
 from dspark_training.target import Target
-from dspark_training.trainer import Trainer, TrainingError, learning_rate
+from dspark_training.trainer import StepReport, Trainer, TrainingError, learning_rate
 from dspark_training.vocab import DraftVocab
 
 from dspark_serving.errors import DataError, DsparkError, OptionError
@@ -23,13 +24,13 @@ from tests.tiny_models import make_tiny_target
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory) -> Target:
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     path = tmp_path_factory.mktemp("target")
     make_tiny_target(path, "llama")
     return Target.load(path)
 
 
-def samples(n=24) -> list[Sample]:
+def samples(n: int = 24) -> list[Sample]:
     rng = random.Random(0)
     return [
         Sample(
@@ -43,19 +44,19 @@ def samples(n=24) -> list[Sample]:
     ]
 
 
-def config(steps: int, **optim) -> RunConfig:
+def config(steps: int, learning_rate: float = 1e-3) -> RunConfig:
     return RunConfig(
         data=DataConfig(prompts=(), validation_share=0.2),
         drafter=DrafterShape(
             target_layer_ids=(0, 2), mask_token_id=3, block_size=3, markov_rank=4, draft_vocab_size=128
         ),
-        optim=OptimConfig(steps=steps, sequences=2, anchors=4, **optim),
+        optim=OptimConfig(steps=steps, sequences=2, anchors=4, learning_rate=learning_rate),
         save_every_seconds=1e-6,
         validate_every_steps=5,
     )
 
 
-def test_batched_completion_equals_transformers_one_by_one(target):
+def test_batched_completion_equals_transformers_one_by_one(target: Target) -> None:
     rng = random.Random(1)
     requests = [
         Request(str(i), [rng.randrange(90) for _ in range(rng.randrange(2, 30))], 0.0, rng.choice([5, 12, 40]))
@@ -72,7 +73,7 @@ def test_batched_completion_equals_transformers_one_by_one(target):
         assert got[request.key].answer_ids == alone[0, ids.shape[1] :].tolist()
 
 
-def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path):
+def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     store = SampleStore(tmp_path / "s.jsonl")
     store.append(samples(3))
     with store.path.open("a") as file:
@@ -81,14 +82,14 @@ def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"domain": "math"}', '{"prompt": "  "}'])
-def test_a_bad_prompt_row_is_named(tmp_path: Path, line: str):
+def test_a_bad_prompt_row_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match="p.jsonl:2"):
+    with pytest.raises(DataError, match=r"p\.jsonl:2"):
         read_prompts(path)
 
 
-def test_blocks_carry_the_tokens_behind_their_anchor():
+def test_blocks_carry_the_tokens_behind_their_anchor() -> None:
     sequences = pad([Sample("a", "math", 0.0, [1, 2], [3, 4, 5, 6]), Sample("b", "math", 0.0, [1], [7, 8])])
     anchors = draw_anchors(sequences, 10, 1, random.Random(0))[0]
     blocks = cut_blocks(sequences, anchors, 3)
@@ -107,33 +108,33 @@ def test_blocks_carry_the_tokens_behind_their_anchor():
     assert seen == {(0, 2), (0, 3), (0, 4), (1, 1)}  # every answer token that has one behind it
 
 
-def test_draft_vocabulary_keeps_frequent_tokens_and_stop_tokens():
+def test_draft_vocabulary_keeps_frequent_tokens_and_stop_tokens() -> None:
     vocab, coverage = DraftVocab.most_frequent([Sample("a", "x", 0.0, [], [5, 5, 5, 9, 9, 7])], 3, 20, always=[19])
     assert vocab.ids_V.tolist() == [5, 9, 19]
     assert coverage == pytest.approx(5 / 6)
     assert vocab.columns_T[[5, 9, 19, 7]].tolist() == [0, 1, 2, -1]
 
 
-def test_training_learns_what_the_target_says(target, tmp_path: Path):
+def test_training_learns_what_the_target_says(target: Target, tmp_path: Path) -> None:
     trainer = Trainer(config(60, learning_rate=3e-3), target, samples(), tmp_path)
     trainer.run()
     losses = [row["validation_loss"] for row in trainer.history]
     assert losses[-1] < losses[0]
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
-def test_a_killed_run_resumes_on_the_same_trajectory(target, tmp_path: Path):
+def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: Path) -> None:
     whole = Trainer(config(12), target, samples(), tmp_path / "whole")
     whole.run()
 
-    def kill(report):
+    def kill(report: StepReport) -> None:
         if report.step == 7:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         Trainer(config(12), target, samples(), tmp_path / "cut").run(kill)
     resumed = Trainer(config(12), target, samples(), tmp_path / "cut")
     resumed.run()
@@ -142,7 +143,7 @@ def test_a_killed_run_resumes_on_the_same_trajectory(target, tmp_path: Path):
     assert [r["validation_loss"] for r in resumed.history] == [r["validation_loss"] for r in whole.history]
 
 
-def test_a_half_written_checkpoint_is_never_seen(target, tmp_path: Path):
+def test_a_half_written_checkpoint_is_never_seen(target: Target, tmp_path: Path) -> None:
     trainer = Trainer(config(4), target, samples(), tmp_path)
     trainer.run()
     partial = tmp_path / "checkpoints" / ".partial-0000009"
@@ -153,20 +154,22 @@ def test_a_half_written_checkpoint_is_never_seen(target, tmp_path: Path):
     assert newest.name == "step-0000004"
 
 
-def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(target, tmp_path: Path):
+def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(target: Target, tmp_path: Path) -> None:
     trainer = Trainer(config(8), target, samples(), tmp_path)
 
-    def poison(report):
+    def poison(report: StepReport) -> None:
         if report.step == 4:
             trainer.drafter.fc.weight.data.fill_(float("nan"))
 
     with pytest.raises(TrainingError, match="finite"):
         trainer.run(poison)
-    state = json.loads((checkpoint.latest(tmp_path / "checkpoints") / "state.json").read_text())
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest is not None
+    state = json.loads((newest / "state.json").read_text())
     assert 0 < state["step"] <= 4
 
 
-def test_too_few_samples_and_wrong_layers_are_refused(target, tmp_path: Path):
+def test_too_few_samples_and_wrong_layers_are_refused(target: Target, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         Trainer(config(4), target, samples(1), tmp_path)
     wrong = config(4).model_copy(update={"drafter": config(4).drafter.model_copy(update={"target_layer_ids": (0, 3)})})
@@ -174,16 +177,16 @@ def test_too_few_samples_and_wrong_layers_are_refused(target, tmp_path: Path):
         Trainer(wrong, target, samples(), tmp_path)
 
 
-def test_learning_rate_warms_up_and_ends_at_zero():
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     optim = OptimConfig(steps=100, warmup_share=0.1, learning_rate=1.0)
     rates = [learning_rate(optim, s) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
-def test_recipes_are_validated(tmp_path: Path):
+def test_recipes_are_validated(tmp_path: Path) -> None:
     assert load_recipe(DEMO_RECIPE).drafter.block_size >= 1
     bad = tmp_path / "r.json"
     text = json.loads(DEMO_RECIPE.read_text())
