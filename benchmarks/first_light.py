@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, NamedTuple, cast
 
@@ -81,13 +82,15 @@ def schedule(settings: Settings) -> Iterator[Point]:
 
 
 def rows_of(context: Context, runs: Sequence[Run]) -> list[Row]:
-    """A row a run, and behind them a summary row for each arm, dataset and concurrency."""
+    """A row a run, and behind them a summary row for each dataset, concurrency and arm, which all must have runs."""
     baseline = {(r.dataset, r.concurrency, r.repetition): r for r in runs if r.arm == BASELINE}
     rows = [run_row(context, run, baseline[run.dataset, run.concurrency, run.repetition]) for run in runs]
-    groups: dict[tuple[str, int, str], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.dataset, run.concurrency, run.arm), []).append(run)
-    for (dataset, concurrency, _), group in sorted(groups.items()):
+    # In the order of their first runs: dict keys keep it.
+    datasets, concurrencies, arms = (
+        dict.fromkeys(getattr(run, name) for run in runs) for name in ("dataset", "concurrency", "arm")
+    )
+    for dataset, concurrency, arm in product(datasets, concurrencies, arms):
+        group = [r for r in runs if (r.dataset, r.concurrency, r.arm) == (dataset, concurrency, arm)]
         off = [baseline[dataset, concurrency, run.repetition] for run in group]
         rows.append(summary_row(context, group, off))
     return rows
