@@ -165,7 +165,7 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
 
 def _optimizer(drafter: DSparkDrafter, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        drafter.parameters(), lr=optim.learning_rate, betas=(0.9, 0.95), weight_decay=optim.weight_decay, foreach=True
+        drafter.parameters(), lr=optim.learning_rate, betas=(0.9, 0.95), weight_decay=optim.weight_decay, fused=True
     )
 
 
