@@ -34,6 +34,13 @@ BASELINE = "off"
 _RESULT = Path(__file__).parent / "results" / "first_light.json"
 
 
+class Arm(NamedTuple):
+    """A server to measure."""
+
+    options: tuple[str, ...]
+    family: str | None = None  # of what drafts; None without speculation
+
+
 class Point(NamedTuple):
     """One run to make; its prompts depend on nothing but the dataset."""
 
@@ -54,18 +61,17 @@ class Settings:
     max_tokens: int
 
 
-def arm_options(drafter: Path) -> dict[str, list[str]]:
-    """Server options of every arm that can be measured."""
-    dspark = ["--speculative-algorithm", "dspark", "--speculative-draft-model-path", str(drafter)]
-    ngram = ["--speculative-algorithm", "NGRAM"]
-    ngram += ["--speculative-num-draft-tokens", str(read_spec(drafter).gamma + 1)]  # as many a round as the drafter
-    ngram += ["--speculative-ngram-max-bfs-breadth", "1"]  # a chain, as the drafter's
+def arms_of(drafter: Path) -> dict[str, Arm]:
+    """Every arm that can be measured."""
+    dspark = ("--speculative-algorithm", "dspark", "--speculative-draft-model-path", str(drafter))
+    ngram = ("--speculative-algorithm", "NGRAM", "--speculative-ngram-max-bfs-breadth", "1")  # a chain, as ours
+    as_many = ("--speculative-num-draft-tokens", str(read_spec(drafter).gamma + 1))  # tokens a round as ours
     return {
-        BASELINE: [*dspark, flag("disable")],  # SGLang as published, without speculation
-        "plain": [],  # without speculation too, on this plugin's CPU parts
-        "dspark": [*dspark, flag("policy"), "full"],
-        "threshold": [*dspark, flag("policy"), "threshold"],
-        "ngram": ngram,
+        BASELINE: Arm((*dspark, flag("disable"))),  # SGLang as published, without speculation
+        "plain": Arm(()),  # without speculation too, on this plugin's CPU parts
+        "dspark": Arm((*dspark, flag("policy"), "full"), "dspark"),
+        "threshold": Arm((*dspark, flag("policy"), "threshold"), "dspark"),
+        "ngram": Arm((*ngram, *as_many), "ngram"),
     }
 
 
@@ -81,10 +87,10 @@ def schedule(settings: Settings) -> Iterator[Point]:
                 turn += 1
 
 
-def rows_of(context: Context, runs: Sequence[Run]) -> list[Row]:
+def rows_of(contexts: Mapping[str, Context], runs: Sequence[Run]) -> list[Row]:
     """A row a run, and behind them a summary row for each dataset, concurrency and arm, which all must have runs."""
     baseline = {(r.dataset, r.concurrency, r.repetition): r for r in runs if r.arm == BASELINE}
-    rows = [run_row(context, run, baseline[run.dataset, run.concurrency, run.repetition]) for run in runs]
+    rows = [run_row(contexts[run.arm], run, baseline[run.dataset, run.concurrency, run.repetition]) for run in runs]
     # In the order of their first runs: dict keys keep it.
     datasets, concurrencies, arms = (
         dict.fromkeys(getattr(run, name) for run in runs) for name in ("dataset", "concurrency", "arm")
@@ -92,7 +98,7 @@ def rows_of(context: Context, runs: Sequence[Run]) -> list[Row]:
     for dataset, concurrency, arm in product(datasets, concurrencies, arms):
         group = [r for r in runs if (r.dataset, r.concurrency, r.arm) == (dataset, concurrency, arm)]
         off = [baseline[dataset, concurrency, run.repetition] for run in group]
-        rows.append(summary_row(context, group, off))
+        rows.append(summary_row(contexts[arm], group, off))
     return rows
 
 
@@ -162,9 +168,9 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, which ends the servers
     with one_line_errors():
         drafter = bundle or shipped_bundle()
-        options = arm_options(drafter)
+        known = arms_of(drafter)
         settings = Settings(
-            arms=tuple(_listed("--arms", arms, set(options))),
+            arms=tuple(_listed("--arms", arms, set(known))),
             concurrencies=tuple(int(c) for c in _listed("--concurrency", concurrency, {str(c) for c in range(1, 17)})),
             repetitions=repetitions,
             prompts=prompts,
@@ -172,29 +178,38 @@ def main(
         )
         if BASELINE not in settings.arms:
             raise OptionError(f"--arms {arms}", expected=f"{BASELINE} among them", fix="Ratios need it; add it.")
-        (name,) = _listed("--dtype", dtype, {"bf16", "fp32"})
-        target = ensure_smollm2(cast(Dtype, name), report=report)
-        context = Context(f"smollm2-135m-instruct {name}", drafter.name, "dspark", temperature=0.0)
-        _measure(target, {arm: options[arm] for arm in settings.arms}, settings, context, output)
+        (precision,) = _listed("--dtype", dtype, {"bf16", "fp32"})
+        target = ensure_smollm2(cast(Dtype, precision), report=report)
+        chosen = {arm: known[arm] for arm in settings.arms}
+        contexts = {
+            name: Context(
+                target=f"smollm2-135m-instruct {precision}",
+                drafter=drafter.name if arm.family == "dspark" else None,
+                family=arm.family,
+                temperature=0.0,
+            )
+            for name, arm in chosen.items()
+        }
+        _measure(target, chosen, settings, contexts, output)
 
 
 def _measure(
-    target: Path, options: Mapping[str, list[str]], settings: Settings, context: Context, output: Path
+    target: Path, arms: Mapping[str, Arm], settings: Settings, contexts: Mapping[str, Context], output: Path
 ) -> None:
     file = ResultFile("first_light", output)
     with ExitStack() as servers:
         urls = {}
-        for arm, arguments in options.items():
-            log = cache_root() / "logs" / f"first-light-{arm}.log"
-            report(f"starting the server of {arm} (log: {log})")
-            urls[arm] = servers.enter_context(running_server(target, arguments, log=log)).url
+        for name, arm in arms.items():
+            log = cache_root() / "logs" / f"first-light-{name}.log"
+            report(f"starting the server of {name} (log: {log})")
+            urls[name] = servers.enter_context(running_server(target, arm.options, log=log)).url
         bench = Bench(urls, settings)
         report("warming up")
         bench.warm_up()
         for concurrency in settings.concurrencies:
             bench.measure(concurrency)
             # After every concurrency, so that an interrupted measurement leaves what it has.
-            _write(file, rows_of(context, bench.runs) + bench.phases, settings)
+            _write(file, rows_of(contexts, bench.runs) + bench.phases, settings)
 
 
 def _write(file: ResultFile, rows: list[Row], settings: Settings) -> None:

@@ -27,11 +27,12 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file under benchmarks/results; the clock starts when this object is made."""
+    """A file under benchmarks/results; made before anything is measured, it takes the time and the commit then."""
 
     name: str
     path: Path
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _git: str = field(default_factory=lambda: git_commit())
     _start: float = field(default_factory=time.perf_counter)
 
     def write(self, rows: list[Row], notes: str) -> None:
@@ -40,7 +41,7 @@ class ResultFile:
             "name": self.name,
             "created": self.created.isoformat(timespec="seconds"),
             "command": command(),
-            "git": git_commit(),
+            "git": self._git,
             "seconds": round(time.perf_counter() - self._start, 1),
             "environment": environment(),
             "rows": rows,

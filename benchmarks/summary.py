@@ -17,11 +17,11 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Context:
-    """What all rows of a file have in common."""
+    """What all rows of an arm have in common."""
 
     target: str
-    drafter: str
-    family: str
+    drafter: str | None
+    family: str | None  # dspark, ngram, ...; None where nothing speculates
     temperature: float
 
 

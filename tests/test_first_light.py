@@ -15,7 +15,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks import first_light, load
-from benchmarks.first_light import Settings, phase_rows, rows_of, schedule
+from benchmarks.first_light import Arm, Settings, phase_rows, rows_of, schedule
 from benchmarks.load import DATASETS, Sample, read_prompts
 from benchmarks.report import markdown, plot_throughput
 from benchmarks.results import ResultFile
@@ -36,7 +36,11 @@ RESULT_KEYS = {
     "output_tokens", "seconds", "tokens_per_second", "tokens_per_second_per_user", "accepted_length",
     "verified_tokens_per_round", "ttft_p50", "tpot_p50", "itl_p95", "equal_to_off",
 }  # fmt: skip
-CONTEXT = Context("a target", "a drafter", "dspark", 0.0)
+CONTEXTS = {
+    "off": Context("a target", None, None, 0.0),
+    "dspark": Context("a target", "a drafter", "dspark", 0.0),
+    "ngram": Context("a target", None, "ngram", 0.0),
+}
 
 
 def sample(
@@ -104,10 +108,11 @@ def test_rows_have_the_agreed_keys_and_summaries_compare_with_off() -> None:
         for repetition in (0, 1)
         for arm, gain, text in (("off", 1.0, "same"), ("dspark", 2.0, "same"), ("ngram", 0.5, f"not {repetition}"))
     ]
-    rows = rows_of(CONTEXT, runs)
+    rows = rows_of(CONTEXTS, runs)
     assert all(set(row) >= RESULT_KEYS for row in rows)
     assert [row["repetition"] for row in rows] == [0, 0, 0, 1, 1, 1, None, None, None]
     summaries = {row["arm"]: row for row in rows if row["repetition"] is None}
+    assert {arm: row["family"] for arm, row in summaries.items()} == {"off": None, "dspark": "dspark", "ngram": "ngram"}
     assert "ratio_to_off" not in summaries["off"]
     assert {arm: summaries[arm]["ratio_to_off"] for arm in ("dspark", "ngram")} == pytest.approx(
         {"dspark": 2.0, "ngram": 0.5}
@@ -218,7 +223,7 @@ def test_table_and_plot_show_every_summary(tmp_path: Path) -> None:
     phases = phase_rows(
         "dspark", 1, {"rounds": 0}, {"rounds": WINDOW, "phase_seconds": {"propose": 0.0123, "verify": 0.0456}}
     )
-    rows = rows_of(CONTEXT, runs) + phases
+    rows = rows_of(CONTEXTS, runs) + phases
     text = markdown("Figures", rows, "a note")
     assert "| gsm8k | 1 | off | 3.3 | 3.8 | - |" in text
     assert "| gsm8k | 1 | dspark | 6.7 | 7.5 | 2.00 (2.00-2.00) |" in text
@@ -239,8 +244,8 @@ def test_table_and_plot_show_every_summary(tmp_path: Path) -> None:
 def test_unusable_options_are_refused_in_one_line(
     arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, list[str]] = {arm: [] for arm in ("off", "plain", "dspark", "ngram")}
-    monkeypatch.setattr(first_light, "arm_options", lambda drafter: options)
+    arms = {name: Arm(()) for name in ("off", "plain", "dspark", "ngram")}
+    monkeypatch.setattr(first_light, "arms_of", lambda drafter: arms)
     monkeypatch.setattr(first_light, "shipped_bundle", lambda: Path("drafter"))
     app = Typer()
     app.command()(first_light.main)
