@@ -44,13 +44,13 @@ def samples(n: int = 24) -> list[Sample]:
     ]
 
 
-def config(steps: int, learning_rate: float = 1e-3) -> RunConfig:
+def config(steps: int, learning_rate: float = 1e-3, pool: int = 1) -> RunConfig:
     return RunConfig(
         data=DataConfig(prompts=(), validation_share=0.2),
         drafter=DrafterShape(
             target_layer_ids=(0, 2), mask_token_id=3, block_size=3, markov_rank=4, draft_vocab_size=128
         ),
-        optim=OptimConfig(steps=steps, sequences=2, anchors=4, learning_rate=learning_rate),
+        optim=OptimConfig(steps=steps, sequences=2, anchors=4, learning_rate=learning_rate, pool=pool),
         save_every_seconds=1e-6,
         validate_every_steps=5,
     )
@@ -127,7 +127,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: Path) -> None:
-    whole = Trainer(config(12), target, samples(), tmp_path / "whole")
+    whole = Trainer(config(12, pool=3), target, samples(), tmp_path / "whole")
     whole.run()
 
     def kill(report: StepReport) -> None:
@@ -135,8 +135,8 @@ def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: P
             raise KilledError
 
     with pytest.raises(KilledError):
-        Trainer(config(12), target, samples(), tmp_path / "cut").run(kill)
-    resumed = Trainer(config(12), target, samples(), tmp_path / "cut")
+        Trainer(config(12, pool=3), target, samples(), tmp_path / "cut").run(kill)
+    resumed = Trainer(config(12, pool=3), target, samples(), tmp_path / "cut")
     resumed.run()
     for (name, a), b in zip(whole.drafter.state_dict().items(), resumed.drafter.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)

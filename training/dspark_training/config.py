@@ -49,6 +49,9 @@ class OptimConfig(_Frozen):
     confidence_weight: float = Field(1.0, ge=0)
     position_decay: float = Field(4.0, gt=0, description="weight of position k is exp(-k / position_decay)")
     learning_rate: float = Field(1e-3, gt=0)
+    markov_lr_scale: float = Field(
+        10.0, gt=0, description="learning rate of the Markov head against the rest: its rows are rarely visited"
+    )
     warmup_share: float = Field(0.04, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
@@ -58,6 +61,7 @@ class OptimConfig(_Frozen):
     steps_per_forward: int = Field(
         2, gt=0, description="optimizer steps, on disjoint anchors, fed by one target forward"
     )
+    pool: int = Field(8, gt=0, description="target forwards whose anchors are mixed, so that successive steps differ")
 
 
 class RunConfig(_Frozen):

@@ -44,6 +44,14 @@ class StepReport(NamedTuple):
     seconds_left: float
 
 
+class Batch(NamedTuple):
+    """What one optimizer step looks at."""
+
+    supervision: Supervision
+    sequences: Sequences
+    anchors_BA: torch.Tensor  # -1 where a sequence has no more
+
+
 class TrainingError(DsparkError):
     """The run cannot go on; the last checkpoint is intact."""
 
@@ -77,13 +85,9 @@ class Trainer:
         validation = Validation(self.target, self.validation_samples, self.layer_ids, self.scale_M, self.vocab)
         started, saved, first_step = time.monotonic(), time.monotonic(), self.step
         spent_before = self.seconds
-        for sequences in self._groups():
-            supervision = supervise(self.target, sequences, self.layer_ids, self.scale_M, self.vocab)
-            self.tokens += int(sequences.mask_BT.sum())
-            rng = random.Random(f"anchors/{self.config.seed}/{self.forwards}")
-            self.forwards += 1
-            for anchors_BA in draw_anchors(sequences, optim.anchors, optim.steps_per_forward, rng):
-                loss = self._optimizer_step(supervision, sequences, anchors_BA)
+        for batches in self._pools():
+            for batch in batches:
+                loss = self._optimizer_step(batch)
                 self.step += 1
                 self.seconds = spent_before + time.monotonic() - started
                 if self.step % self.config.validate_every_steps == 0 or self.step == optim.steps:
@@ -91,16 +95,32 @@ class Trainer:
                 pace = (time.monotonic() - started) / (self.step - first_step)
                 on_step(self._report(loss, pace * (optim.steps - self.step)))
                 if self.step == optim.steps:
-                    break
-            if self.step == optim.steps or time.monotonic() - saved > self.config.save_every_seconds:
+                    self._save()
+                    return
+            # Only between pools: what a pool holds is gone with the process, so a resumed run could not finish it.
+            if time.monotonic() - saved > self.config.save_every_seconds:
                 self._save()
                 saved = time.monotonic()
-            if self.step >= optim.steps:
-                return
 
-    def _optimizer_step(self, supervision: Supervision, sequences: Sequences, anchors_BA: torch.Tensor) -> float:
-        blocks = cut_blocks(sequences, anchors_BA, self.config.drafter.block_size)
-        losses = self.objective(supervision, blocks)
+    def _pools(self) -> Iterator[list[Batch]]:
+        """Run the target over a few groups of sequences and shuffle the optimizer steps that they give."""
+        optim = self.config.optim
+        groups = self._groups()
+        while True:
+            rng = random.Random(f"anchors/{self.config.seed}/{self.forwards}")
+            batches = []
+            for sequences in itertools.islice(groups, optim.pool):
+                supervision = supervise(self.target, sequences, self.layer_ids, self.scale_M, self.vocab)
+                draws = draw_anchors(sequences, optim.anchors, optim.steps_per_forward, rng)
+                batches += [Batch(supervision, sequences, anchors_BA) for anchors_BA in draws]
+                self.tokens += int(sequences.mask_BT.sum())
+                self.forwards += 1
+            rng.shuffle(batches)
+            yield batches
+
+    def _optimizer_step(self, batch: Batch) -> float:
+        blocks = cut_blocks(batch.sequences, batch.anchors_BA, self.config.drafter.block_size)
+        losses = self.objective(batch.supervision, blocks)
         if not torch.isfinite(losses.total):
             raise TrainingError(
                 f"the loss is {losses.total.item()} at step {self.step}",
@@ -108,7 +128,7 @@ class Trainer:
                 fix="Run again to resume from the last checkpoint, with a lower optim.learning_rate.",
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, self.step)
+            group["lr"] = group["lr_scale"] * learning_rate(self.config.optim, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optim.clip_norm)
@@ -164,8 +184,11 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
 
 
 def _optimizer(drafter: DSparkDrafter, optim: OptimConfig) -> torch.optim.Optimizer:
+    markov = list(drafter.markov_head.parameters())
+    rest = [p for name, p in drafter.named_parameters() if not name.startswith("markov_head.")]
+    groups = [{"params": rest, "lr_scale": 1.0}, {"params": markov, "lr_scale": optim.markov_lr_scale}]
     return torch.optim.AdamW(
-        drafter.parameters(), lr=optim.learning_rate, betas=(0.9, 0.95), weight_decay=optim.weight_decay, fused=True
+        groups, lr=optim.learning_rate, betas=(0.9, 0.95), weight_decay=optim.weight_decay, fused=True
     )
 
 
