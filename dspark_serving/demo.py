@@ -18,7 +18,6 @@ PROMPTS = (
     "Give me three short tips for sleeping better.",
 )
 _MAX_TOKENS = 128
-_SGLANG_DTYPES: dict[Dtype, str] = {"bf16": "bfloat16", "fp32": "float32"}  # SGLang would halve fp32 checkpoints
 
 
 class Arm(NamedTuple):
@@ -68,15 +67,14 @@ def run_demo(dtype: Dtype, *, bundle: Path | None, report: Report) -> Comparison
     drafter = bundle or shipped_bundle()
     target = ensure_smollm2(dtype, report=report)
     speculation = ["--speculative-algorithm", "dspark", "--speculative-draft-model-path", str(drafter)]
-    common = [*speculation, "--dtype", _SGLANG_DTYPES[dtype]]
-    dspark = _ask("dspark", target, common, report)
+    common = [*speculation, "--dtype",     dspark = _ask("dspark", target, common, report)
     if dspark.accepted_length is None:
         raise EnvironmentMismatchError(
             "the server with --speculative-algorithm dspark answered without speculation",
             expected="its answers to report rounds",
             fix=f"Its log is {_log_of('dspark')}.",
         )
-    return Comparison(dspark, _ask("plain", target, [*common, flag("disable")], report))
+    return Comparison(dspark, _ask("plain", target, [*speculation, flag("disable")], report))
 
 
 def _ask(name: str, target: Path, options: list[str], report: Report) -> Arm:
