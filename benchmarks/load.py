@@ -1,8 +1,8 @@
 """A closed loop of users at a server: a fixed number of streamed chat requests under way, prompts in a fixed order.
 
 SGLang's own client (`python -m sglang.benchmark.serving`) is not used here: it takes 8 seconds to start, which a
-measurement of 100 points pays 100 times on the cores it measures, and its output lacks the rounds and verified tokens of
-a request.
+measurement of 100 points pays 100 times on the cores it measures, and its output lacks the rounds and verified tokens
+of a request.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def run_demo(dtype: Dtype, *, bundle: Path | None, report: Report) -> Comparison
     drafter = bundle or shipped_bundle()
     target = ensure_smollm2(dtype, report=report)
     speculation = ["--speculative-algorithm", "dspark", "--speculative-draft-model-path", str(drafter)]
-    common = [*speculation, "--dtype",     dspark = _ask("dspark", target, common, report)
+    dspark = _ask("dspark", target, speculation, report)
     if dspark.accepted_length is None:
         raise EnvironmentMismatchError(
             "the server with --speculative-algorithm dspark answered without speculation",
