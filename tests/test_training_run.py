@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dspark_training import checkpoint
+from dspark_training.answers import write_prompts
 from dspark_training.blocks import cut_blocks, draw_anchors, pad
 from dspark_training.config import DataConfig, DrafterShape, OptimConfig, RunConfig
 from dspark_training.data import Sample, SampleStore, read_prompts
@@ -71,6 +72,23 @@ def test_batched_completion_equals_transformers_one_by_one(target: Target) -> No
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False
         )
         assert got[request.key].answer_ids == alone[0, ids.shape[1] :].tolist()
+
+
+def test_written_prompts_begin_with_their_opening_and_end_by_themselves(target: Target) -> None:
+    seen: list[tuple[int, int]] = []
+    prompts = write_prompts(
+        target,
+        {"chat": ["Why"], "code": ["Write"]},
+        {"chat": 20, "code": 20},
+        seed=0,
+        batch_size=16,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (40, 40)
+    assert prompts, "the tiny target should stop now and then"
+    heads = {"chat": "Why", "code": "Write"}
+    assert all(p.text.startswith(heads[p.domain]) for p in prompts)
+    assert len({p.key for p in prompts}) == len(prompts) < 40
 
 
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ _PROMPT_TEMPERATURE = 0.8
 
 
 def write_prompts(
-    target: Target, openings: dict[str, list[str]], per_domain: dict[str, int], *, seed: int, batch_size: int
+    target: Target,
+    openings: dict[str, list[str]],
+    per_domain: dict[str, int],
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Progress = lambda done, total: None,
 ) -> list[Prompt]:
     """Let the target write user messages that begin with the given openings.
 
@@ -43,9 +49,12 @@ def write_prompts(
             requests.append(Request(key, ids, _PROMPT_TEMPERATURE, _PROMPT_TOKENS))
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Prompt] = {}
+    written = 0
     for batch in complete(target, requests, batch_size=batch_size, generator=generator):
         for prompt in (_as_prompt(target, *heads[c.key], c) for c in batch if c.stopped):
             found[prompt.key] = prompt
+        written += len(batch)
+        progress(written, len(requests))
     log.info("the target wrote %d usable prompts of %d", len(found), len(requests))
     return list(found.values())
 

@@ -55,7 +55,7 @@ def run_recipe(
     evaluation = {path.stem: read_prompts(path) for path in evaluation_files}
     target = Target.load(target_path)
     work.mkdir(parents=True, exist_ok=True)
-    prompts = collect_prompts(config, target, Path.cwd(), work)
+    prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
     samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
     return train_to_bundle(
         config, target, samples, evaluation, work, bundle, on_step, partial(on_answers, "answers for evaluation")
@@ -80,7 +80,7 @@ def load_recipe(path: Path) -> RunConfig:
         ) from None
 
 
-def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path) -> list[Prompt]:
+def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path, progress: Progress) -> list[Prompt]:
     """Given prompts with their suffix, then those that the target writes (kept in `output` for a resumed run)."""
     data = config.data
     prompts = [p for name in data.prompts for p in read_prompts(root / name)]
@@ -96,7 +96,14 @@ def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path)
     kept = output / "written_prompts.jsonl"
     if not kept.exists():
         openings = json.loads((root / data.openings).read_text())
-        written = write_prompts(target, openings, data.written_prompts, seed=config.seed, batch_size=data.batch_size)
+        written = write_prompts(
+            target,
+            openings,
+            data.written_prompts,
+            seed=config.seed,
+            batch_size=data.batch_size,
+            progress=progress,
+        )
         unfinished = kept.with_suffix(".partial")
         unfinished.write_text("".join(json.dumps({"domain": p.domain, "prompt": p.text}) + "\n" for p in written))
         os.replace(unfinished, kept)
