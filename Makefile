@@ -40,7 +40,7 @@ test: $(STAMP) ## style, types, and the tests (they launch real servers)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# Training allocates the same large tensors at every step: glibc keeps them instead of returning them (15 % faster).
+# Training allocates the same large tensors at every step: glibc keeps them instead of returning them.
 train-demo: $(STAMP) ## train the shipped drafter again; resumes where it was stopped
 	MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/dspark train-demo
 
