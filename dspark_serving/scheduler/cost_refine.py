@@ -1,0 +1,62 @@
+"""Keeps predicted times true while the engine runs: robust multiplicative corrections, learned from every round."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+SHARED_GAIN = 0.05
+LOCAL_GAIN = 0.15
+LOCAL_LEAK = 0.01
+"""How fast a local correction fades where rounds are measured: what all visited nodes have in common ends up shared."""
+SCALE_GAIN = 0.04
+TREND_GAIN = 1 / 24
+CLIP = 1.5
+"""Residuals count up to this many standard deviations: a slow outlier weighs no more than an ordinary late round."""
+TREND_CLIP = 6.0
+"""Added to `CLIP` when the residuals all point one way: then it is the machine that changed, not some rounds."""
+MIN_SCALE, MAX_SCALE = 0.01, 0.5
+REACH = 0.7
+"""Distance (octaves) over which a residual is shared with neighbouring nodes; the kernel is Gaussian."""
+DOUBT_PER_OCTAVE = 0.1
+"""Relative error expected one octave away from the nearest measured node."""
+
+
+class Refiner:
+    """Log corrections at N nodes: one that all nodes share (the machine's speed) plus a local deviation each."""
+
+    def __init__(self, coordinates_ND: np.ndarray, scale: float) -> None:
+        """Nodes at `coordinates_ND` (octaves); `scale`: relative standard deviation to expect of a measured time."""
+        self.coordinates_ND = coordinates_ND
+        self.shared = 0.0
+        self.local_N = np.zeros(len(coordinates_ND))
+        self.spread_N = np.full(len(coordinates_ND), np.inf)  # of the residuals at each node; inf: never measured
+        self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
+        self._trend = 0.0
+        distance2_NN = ((coordinates_ND[:, None] - coordinates_ND[None]) ** 2).sum(axis=2)
+        self._kernel_NN = np.exp(-0.5 * distance2_NN / REACH**2)
+
+    def mark_measured(self, node: int) -> None:
+        """Note that `node` was measured before, with the spread to be expected."""
+        self.spread_N[node] = self._scale
+
+    def observe(self, node: int, residual: float) -> None:
+        """Learn from log(measured / predicted) at a node."""
+        scale = self._scale
+        self._trend += TREND_GAIN * (min(max(residual / scale, -1.0), 1.0) - self._trend)
+        limit = scale * (CLIP + TREND_CLIP * self._trend**2)
+        step = min(max(residual, -limit), limit)
+        # Follows the median of |residual|, which is 0.6745 standard deviations and which outliers hardly move.
+        scale *= math.exp(SCALE_GAIN if abs(residual) > 0.6745 * scale else -SCALE_GAIN)
+        self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
+        self.shared += SHARED_GAIN * step
+        kernel_N = self._kernel_NN[node]
+        self.local_N += kernel_N * (LOCAL_GAIN * step - LOCAL_LEAK * self.local_N)
+        spread = self.spread_N[node]
+        self.spread_N[node] = self._scale if spread == np.inf else spread + 0.1 * (1.25 * abs(step) - spread)
+
+    def sureness(self, point_D: np.ndarray) -> float:
+        """Relative standard deviation at a point: that of the best measured node, and doubt by distance."""
+        distance2_N = ((self.coordinates_ND - point_D) ** 2).sum(axis=1)
+        return math.sqrt(float((self.spread_N**2 + DOUBT_PER_OCTAVE**2 * distance2_N).min()))
