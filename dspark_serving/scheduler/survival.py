@@ -1,0 +1,151 @@
+"""What the drafter's confidences say, and what earlier rounds say before this round's confidences are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dspark_serving.scheduler.round import Batch
+
+Calibrate = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(confidence_RG, temperature_R) -> calibrated confidence_RG."""
+
+
+def sanitise(confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
+    """Confidences in [0, 1] as float32, and how many were not: those count as 1.
+
+    A drafter that cannot judge a position leaves it to the target; a later position does not change an earlier one,
+    so this is causal.
+    """
+    confidence_RG = np.asarray(confidence_RG, dtype=np.float32)
+    if confidence_RG.size == 0:
+        return confidence_RG, 0
+    # NaN passes through min and max and fails both comparisons.
+    low, high = np.minimum.reduce(confidence_RG, axis=None), np.maximum.reduce(confidence_RG, axis=None)
+    if low >= 0.0 and high <= 1.0:
+        return confidence_RG, 0
+    good_RG = (confidence_RG >= 0.0) & (confidence_RG <= 1.0)
+    return np.where(good_RG, confidence_RG, np.float32(1.0)), int(good_RG.size - np.count_nonzero(good_RG))
+
+
+def calibrated(
+    confidence_RG: np.ndarray, temperature_R: np.ndarray, calibrate: Calibrate | None
+) -> tuple[np.ndarray, int]:
+    """Calibrated confidences in [0, 1], and how many of the raw ones were unusable."""
+    confidence_RG, bad = sanitise(confidence_RG)
+    if calibrate is None or confidence_RG.size == 0:
+        return confidence_RG, bad
+    return sanitise(calibrate(confidence_RG, temperature_R))[0], bad
+
+
+class AcceptancePrior:
+    """Conditional acceptance of each position over recent traffic: what is expected of a request not seen yet.
+
+    A position is a label only when it was verified and everything before it was accepted. The scheduler verifies what
+    looks promising, so labels alone would flatter the rest: the position that a request's cut fell on counts with its
+    calibrated confidence, and those behind it with the chance of being reached.
+    """
+
+    def __init__(self, gamma: int, *, acceptance: float = 0.6, strength: float = 4.0, memory: float = 512.0) -> None:
+        """Starts at `acceptance` with the weight of `strength` labels; forgets over about `memory` requests' rounds."""
+        self._start = np.full(gamma, acceptance * strength)
+        self._strength = strength
+        self._memory = memory
+        self._trials_G = np.zeros(gamma)
+        self._accepted_G = np.zeros(gamma)
+        self._positions_G = np.arange(gamma)
+        self.survival_G = self._survival()
+
+    def observe(self, calibrated_RG: np.ndarray, verify_lens_R: np.ndarray, accepted_R: np.ndarray) -> None:
+        """Learn from a drafting round; `calibrated_RG` in [0, 1]."""
+        verified_RG = self._positions_G < (verify_lens_R - 1)[:, None]
+        reached_RG = self._positions_G <= accepted_R[:, None]
+        label_RG = verified_RG & reached_RG
+        success_RG = self._positions_G < accepted_R[:, None]
+        # Behind the cut of a request whose verified drafts were all accepted: reached with the drafter's own chance.
+        open_RG = ~verified_RG & (accepted_R >= verify_lens_R - 1)[:, None]
+        factor_RG = np.where(open_RG, calibrated_RG, 1.0)
+        survived_RG = np.multiply.accumulate(factor_RG, axis=1) * open_RG
+        chance_RG = np.empty_like(survived_RG)
+        chance_RG[:, 0] = open_RG[:, 0]
+        chance_RG[:, 1:] = np.where(open_RG[:, :-1], survived_RG[:, :-1], 1.0) * open_RG[:, 1:]
+        keep = np.exp(-len(accepted_R) / self._memory)
+        self._trials_G = keep * self._trials_G + (label_RG + chance_RG).sum(axis=0)
+        self._accepted_G = keep * self._accepted_G + ((label_RG & success_RG) + survived_RG).sum(axis=0)
+        self.survival_G = self._survival()
+
+    def doubt(self, labels: float) -> None:
+        """Weigh everything learned like at most `labels` labels: what comes next counts more."""
+        scale = min(1.0, labels / max(float(self._trials_G[0]), 1e-9))
+        self._trials_G *= scale
+        self._accepted_G *= scale
+
+    def _survival(self) -> np.ndarray:
+        conditional_G = (self._start + self._accepted_G) / (self._strength + self._trials_G)
+        return np.cumprod(conditional_G).astype(np.float32)
+
+
+class HostHistory:
+    """The last calibrated survivals of each slot, dropped when the slot goes to another request or nothing drafts.
+
+    Small batches are judged by several rounds of each request, so that the price does not chase one round; a large
+    batch is a fair sample by itself.
+    """
+
+    def __init__(self, gamma: int, slots: int, *, depth: int = 32, stale_after: int = 64) -> None:
+        """`depth` rounds are kept a slot; those of a slot without a draft for `stale_after` rounds are forgotten."""
+        self._depth = depth
+        self._stale_after = stale_after
+        self._rows = np.zeros((slots * depth, gamma), dtype=np.float32)
+        self._written = np.zeros(slots, dtype=np.int64)
+        self._generation = np.full(slots, -1, dtype=np.int64)
+        self._round = np.zeros(slots, dtype=np.int64)
+        self._now = 0
+
+    def observe(self, batch: Batch, survival_RG: np.ndarray) -> None:
+        """Keep this round's survivals."""
+        slots_R = batch.slots_R
+        written_R = np.where(self._fresh(batch), self._written[slots_R], 0)
+        self._rows[slots_R * self._depth + written_R % self._depth] = survival_RG
+        self._written[slots_R] = written_R + 1
+        self._generation[slots_R] = batch.generations_R
+        self._round[slots_R] = self._now
+
+    def pass_round(self) -> None:
+        """A round went by, with or without a draft."""
+        self._now += 1
+
+    def forget(self) -> None:
+        """Drop all rows: the prior stands in for every request."""
+        self._generation.fill(-1)
+
+    def depths(self, batch: Batch) -> np.ndarray:
+        """Rows known of each request, [R] int64."""
+        return np.minimum(self._written[batch.slots_R] * self._fresh(batch), self._depth)
+
+    def rows(self, batch: Batch, depth_R: np.ndarray, rounds: int, prior_G: np.ndarray) -> np.ndarray:
+        """Survivals of `rounds` earlier rounds of each request, the latest first, [R, rounds, G] float32.
+
+        Rounds that are not known have the prior's survivals instead.
+        """
+        slots_R = batch.slots_R
+        if rounds == 1:
+            row_R = slots_R * self._depth + (self._written[slots_R] - 1) % self._depth
+            rows_RHG = self._rows.take(row_R, axis=0)[:, None]
+            unknown_RH = (depth_R == 0)[:, None]
+        else:
+            back_H = np.arange(1, rounds + 1)
+            row_RH = slots_R[:, None] * self._depth + (self._written[slots_R][:, None] - back_H) % self._depth
+            rows_RHG = self._rows.take(row_RH, axis=0)
+            unknown_RH = depth_R[:, None] < back_H
+        if unknown_RH.any():
+            rows_RHG[unknown_RH] = prior_G
+        return rows_RHG
+
+    def _fresh(self, batch: Batch) -> np.ndarray:
+        """Whether the slot's rows belong to this request and are recent, [R] bool."""
+        slots_R = batch.slots_R
+        recent_R = self._round.take(slots_R) >= self._now - self._stale_after
+        fresh_R: np.ndarray = recent_R & (self._generation.take(slots_R) == batch.generations_R)
+        return fresh_R
