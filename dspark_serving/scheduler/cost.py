@@ -1,12 +1,13 @@
 """Predicts the time of a round: draft pass by requests; the rest by requests, verified tokens and context.
 
-A step's cost is no function of the verified tokens alone (SGLang's and the paper's SPS(B), section 4.3): captured
-graphs round B up to a tier, attention reads the context, and the host works per request.
+The DSpark paper (arXiv 2607.05147) takes a step's time as a function of the verified tokens B alone, SPS(B). In an
+engine, captured graphs round B up to a tier, attention reads the context, and the host works per request.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -129,7 +130,7 @@ class CostModel:
 
     def _build(self, curves: CostCurves) -> None:
         """Lay out the nodes that carry corrections: requests x tokens, then plain rounds by requests."""
-        nodes = self.tiers or _eager_nodes(curves.verify.xs)
+        self._nodes = nodes = self.tiers or _eager_nodes(curves.verify.xs)
         self._base_B = np.array([curves.verify(node) for node in nodes])
         self._nodes_B = np.array([*nodes, FAR], dtype=np.float64)
         octaves_M = range(REQUEST_OCTAVES)
@@ -159,7 +160,8 @@ class CostModel:
         if self._curves.plain is None:
             return float(self.verify(requests, np.array([requests]), 0)[0])
         correction = self._rest.shared + _between_octaves(self._plain_M, requests)
-        return self._curves.plain(round_up(requests, self.tiers)) * math.exp(correction)
+        base = self._curves.plain(round_up(requests, self.tiers)) + self._curves.host(requests)
+        return base * math.exp(correction)
 
     def _predict_row(self, curves: CostCurves, requests: int) -> np.ndarray:
         """Seconds at every node and at `FAR`, without the context."""
@@ -180,9 +182,9 @@ class CostModel:
         octave, columns = _nearest_octave(requests), len(self._base_B)
         if not drafted:
             return REQUEST_OCTAVES * columns + octave
-        right = min(int(self._nodes_B.searchsorted(round_up(tokens, self.tiers))), columns - 1)
+        right = min(bisect_left(self._nodes, tokens), columns - 1)
         left = max(right - 1, 0)
-        closer_left = tokens**2 < self._nodes_B[left] * self._nodes_B[right] and self.tiers is None
+        closer_left = self.tiers is None and tokens**2 < self._nodes[left] * self._nodes[right]
         return octave * columns + (left if closer_left else right)
 
 

@@ -14,10 +14,16 @@ from dspark_serving.errors import DataError
 SMOOTHNESS = 0.02
 """Weight of a change of slope between neighbouring segments, beside relative residuals: settles only what the samples
 leave open."""
-RIDGE = 0.003
-"""Weight that prefers tokens over requests and context as the explanation of a cost, where both would do."""
+HOST_RIDGE = 0.003
+"""Weight that prefers tokens over requests as the explanation of a cost, where both would do."""
+CONTEXT_RIDGE = 0.15
+"""The same for context, stronger: contexts that hardly differ must not end in a slope that long contexts multiply."""
+LEAST_LEVEL = 0.1
+"""Of the fastest sample, at least, is the cost of the fewest tokens: predictions stay positive."""
 REWEIGHTINGS = 8
 MIN_SPREAD = 0.005
+MAX_KNOTS = 32
+"""Of a curve: more distinct sizes than these share segments."""
 
 
 class CostSample(NamedTuple):
@@ -54,13 +60,13 @@ class Curve:
 
 
 class CostCurves(NamedTuple):
-    """seconds = draft(R) + verify(B) + host(R) + context_slope * context, or plain(R) + context_slope * context."""
+    """seconds = host(R) + context_slope * context, plus draft(R) + verify(B), or plain(R) in a round without drafts."""
 
     verify: Curve  # by verified tokens
     host: Curve  # by requests, 0 at the fewest
     context_slope: float  # >= 0, seconds per committed token of the batch
     draft: Curve | None  # by requests; None: no sample drafted
-    plain: Curve | None  # by tokens, one a request; None: every sample drafted
+    plain: Curve | None  # by tokens (one a request); None: every sample drafted
     relative_residuals_N: np.ndarray  # measured / fitted - 1 of each sample, draft pass left out
 
 
@@ -88,7 +94,7 @@ def fit_curves(samples: Sequence[CostSample], tiers: Sequence[int] | None = None
     shared = drafted_N.any()  # without drafted samples, plain rounds (tokens = requests) are all that is known
     rest_N = seconds_N - draft_N
     in_verify_N = drafted_N if shared else np.ones_like(drafted_N)
-    host_N = in_verify_N if shared else requests_N == requests_N.min()  # one point: no cost of its own
+    host_N = (requests_N == requests_N.min()) | shared  # a single point has no increments: no cost of its own
     parts = [_Part.over(tokens_N, in_verify_N), _Part.over(requests_N, host_N).without_level()]
     if shared and not drafted_N.all():
         parts.append(_Part.over(tokens_N, ~drafted_N))
@@ -136,6 +142,7 @@ class _Part(NamedTuple):
     @classmethod
     def over(cls, x_N: np.ndarray, used_N: np.ndarray) -> _Part:
         knots_K = np.unique(x_N[used_N])
+        knots_K = knots_K[np.linspace(0, len(knots_K) - 1, min(len(knots_K), MAX_KNOTS)).round().astype(int)]
         ramps = [np.clip((x_N - low) / (high - low), 0, 1) for low, high in pairwise(knots_K)]
         return cls(knots_K, np.stack([np.ones_like(x_N), *ramps], axis=1) * used_N[:, None], True)
 
@@ -172,13 +179,17 @@ def _solve(parts: list[_Part], context_N: np.ndarray, seconds_N: np.ndarray) -> 
         penalties.append(np.zeros((len(rows), data_NC.shape[1])))
         penalties[-1][:, start : start + rows.shape[1]] = SMOOTHNESS * rows
         if not part.has_level:
-            penalties.append(RIDGE * np.eye(data_NC.shape[1])[start : start + part.columns_NC.shape[1]])
-    penalties.append(RIDGE * np.eye(data_NC.shape[1])[-1:])
+            penalties.append(HOST_RIDGE * np.eye(data_NC.shape[1])[start : start + part.columns_NC.shape[1]])
+    penalties.append(CONTEXT_RIDGE * np.eye(data_NC.shape[1])[-1:])
     penalty_PC = np.concatenate(penalties) / typical
+    least_C = np.zeros(data_NC.shape[1])
+    for start, part in zip(starts, parts, strict=False):
+        least_C[start : start + part.has_level] = LEAST_LEVEL * seconds_N.min()
     weight_N = np.ones_like(seconds_N)
     for _ in range(REWEIGHTINGS):
         rows = np.concatenate([data_NC * (weight_N / seconds_N)[:, None], penalty_PC])
-        values_C = _nonnegative_least_squares(rows, np.concatenate([weight_N, np.zeros(len(penalty_PC))]))
+        wanted = np.concatenate([weight_N, np.zeros(len(penalty_PC))])
+        values_C = least_C + _nonnegative_least_squares(rows, wanted - rows @ least_C)
         fitted_N = data_NC @ values_C
         relative_N = (seconds_N - fitted_N) / seconds_N
         spread = max(1.4826 * float(np.median(np.abs(relative_N))), MIN_SPREAD)

@@ -6,15 +6,18 @@ import math
 
 import numpy as np
 
-SHARED_GAIN = 0.05
-LOCAL_GAIN = 0.15
-LOCAL_LEAK = 0.01
-"""How fast a local correction fades where rounds are measured: what all visited nodes have in common ends up shared."""
+SHARED_GAIN = 0.06
+LOCAL_GAIN = 0.1
+MOVE_GAIN = 0.04
+"""Share of the visited node's local correction that moves into the shared one, out of all nodes visited lately: they
+predict what they did, and what they have in common reaches the nodes that are not visited."""
+FORGET = 1 / 50
+"""How fast a node stops counting as visited, per round: then it follows the shared correction again."""
 SCALE_GAIN = 0.04
-TREND_GAIN = 1 / 24
-CLIP = 1.5
+TREND_GAIN = 1 / 32
+CLIP = 1.2
 """Residuals count up to this many standard deviations: a slow outlier weighs no more than an ordinary late round."""
-TREND_CLIP = 6.0
+TREND_CLIP = 4.0
 """Added to `CLIP` when the residuals all point one way: then it is the machine that changed, not some rounds."""
 MIN_SCALE, MAX_SCALE = 0.01, 0.5
 REACH = 0.7
@@ -32,6 +35,7 @@ class Refiner:
         self.shared = 0.0
         self.local_N = np.zeros(len(coordinates_ND))
         self.spread_N = np.full(len(coordinates_ND), np.inf)  # of the residuals at each node; inf: never measured
+        self._visited_N = np.zeros(len(coordinates_ND))  # 1 just now, 0 long ago
         self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
         self._trend = 0.0
         distance2_NN = ((coordinates_ND[:, None] - coordinates_ND[None]) ** 2).sum(axis=2)
@@ -52,9 +56,14 @@ class Refiner:
         self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
         self.shared += SHARED_GAIN * step
         kernel_N = self._kernel_NN[node]
-        self.local_N += kernel_N * (LOCAL_GAIN * step - LOCAL_LEAK * self.local_N)
-        spread = self.spread_N[node]
-        self.spread_N[node] = self._scale if spread == np.inf else spread + 0.1 * (1.25 * abs(step) - spread)
+        self.local_N += LOCAL_GAIN * step * kernel_N
+        self._visited_N *= 1 - FORGET
+        np.maximum(self._visited_N, kernel_N, out=self._visited_N)
+        moved = MOVE_GAIN * float(self.local_N[node])
+        self.shared += moved
+        self.local_N -= moved * self._visited_N
+        spread = float(self.spread_N[node])
+        self.spread_N[node] = self._scale if spread == math.inf else spread + 0.1 * (1.25 * abs(step) - spread)
 
     def sureness(self, point_D: np.ndarray) -> float:
         """Relative standard deviation at a point: that of the best measured node, and doubt by distance."""
