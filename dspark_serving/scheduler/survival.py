@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -10,6 +11,20 @@ from dspark_serving.scheduler.round import Batch
 
 Calibrate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(confidence_RG, temperature_R) -> calibrated confidence_RG."""
+
+
+class Recalibration(Protocol):
+    """A calibration that learns from what became of the drafts."""
+
+    def apply(self, confidence_RG: np.ndarray, temperature_R: np.ndarray) -> np.ndarray:
+        """Calibrated confidences, [R, G]."""
+        ...
+
+    def observe(
+        self, confidence_RG: np.ndarray, verify_lens_R: np.ndarray, accepted_R: np.ndarray, temperature_R: np.ndarray
+    ) -> None:
+        """Learn from a finished round."""
+        ...
 
 
 def sanitise(confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
@@ -93,9 +108,9 @@ class HostHistory:
     batch is a fair sample by itself.
     """
 
-    def __init__(self, gamma: int, slots: int, *, depth: int = 32, stale_after: int = 64) -> None:
+    def __init__(self, gamma: int, slots: int, *, depth: int = 32, stale_after: int = 256) -> None:
         """`depth` rounds are kept a slot; those of a slot without a draft for `stale_after` rounds are forgotten."""
-        self._depth = depth
+        self.depth = depth
         self._stale_after = stale_after
         self._rows = np.zeros((slots * depth, gamma), dtype=np.float32)
         self._written = np.zeros(slots, dtype=np.int64)
@@ -107,7 +122,7 @@ class HostHistory:
         """Keep this round's survivals."""
         slots_R = batch.slots_R
         written_R = np.where(self._fresh(batch), self._written[slots_R], 0)
-        self._rows[slots_R * self._depth + written_R % self._depth] = survival_RG
+        self._rows[slots_R * self.depth + written_R % self.depth] = survival_RG
         self._written[slots_R] = written_R + 1
         self._generation[slots_R] = batch.generations_R
         self._round[slots_R] = self._now
@@ -120,9 +135,13 @@ class HostHistory:
         """Drop all rows: the prior stands in for every request."""
         self._generation.fill(-1)
 
+    def newcomers(self, batch: Batch) -> int:
+        """Requests for which nothing was ever drafted."""
+        return batch.requests - int(np.count_nonzero(self._generation[batch.slots_R] == batch.generations_R))
+
     def depths(self, batch: Batch) -> np.ndarray:
         """Rows known of each request, [R] int64."""
-        return np.minimum(self._written[batch.slots_R] * self._fresh(batch), self._depth)
+        return np.minimum(self._written[batch.slots_R] * self._fresh(batch), self.depth)
 
     def rows(self, batch: Batch, depth_R: np.ndarray, rounds: int, prior_G: np.ndarray) -> np.ndarray:
         """Survivals of `rounds` earlier rounds of each request, the latest first, [R, rounds, G] float32.
@@ -131,12 +150,12 @@ class HostHistory:
         """
         slots_R = batch.slots_R
         if rounds == 1:
-            row_R = slots_R * self._depth + (self._written[slots_R] - 1) % self._depth
+            row_R = slots_R * self.depth + (self._written[slots_R] - 1) % self.depth
             rows_RHG = self._rows.take(row_R, axis=0)[:, None]
             unknown_RH = (depth_R == 0)[:, None]
         else:
             back_H = np.arange(1, rounds + 1)
-            row_RH = slots_R[:, None] * self._depth + (self._written[slots_R][:, None] - back_H) % self._depth
+            row_RH = slots_R[:, None] * self.depth + (self._written[slots_R][:, None] - back_H) % self.depth
             rows_RHG = self._rows.take(row_RH, axis=0)
             unknown_RH = depth_R[:, None] < back_H
         if unknown_RH.any():

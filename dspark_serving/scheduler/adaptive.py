@@ -1,0 +1,222 @@
+"""The default policy: a price for a verified token, known beforehand, that each fresh survival must beat.
+
+Rate theory: the policy with the most tokens a second maximises, in every round, tokens - rho * seconds, with rho its
+own long-run rate. So a position is worth verifying while weight * survival >= rho * (seconds a verified token adds).
+rho and those seconds change slowly and are known from earlier rounds; only the survivals are fresh, which makes the
+choice causal and the text exact. Where captured graphs make the tokens of a tier free, the price is 0 and the tier's
+end is the capacity (DSpark paper, section 5.2).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_serving.scheduler.admission import Totals, admit, candidate_totals, values
+from dspark_serving.scheduler.cost import CostModel
+from dspark_serving.scheduler.floors import SpeedFloors
+from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias
+from dspark_serving.scheduler.outlook import Prospect, weigh
+from dspark_serving.scheduler.round import Batch, Outcome, Plan
+from dspark_serving.scheduler.survival import AcceptancePrior, HostHistory, Recalibration, calibrated
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 64
+"""Requests' rounds by which a batch is judged: 64 requests are judged by their last round, one by its last 32."""
+
+
+@dataclass
+class Incidents:
+    """What came in that could not be used."""
+
+    bad_confidences: int = 0
+    bad_outcomes: int = 0
+    unmet_floors: int = 0
+
+
+class AdaptivePolicy:
+    """Price, capacity and whether to draft at all, from a cost model and earlier rounds."""
+
+    name = "adaptive"
+
+    def __init__(
+        self,
+        gamma: int,
+        slots: int,
+        cost: CostModel,
+        calibration: Recalibration | None = None,
+        *,
+        speed_floor: float = 0.0,
+        gate: DraftGate | None = None,
+    ) -> None:
+        """Start without experience.
+
+        Args:
+            gamma: drafted tokens a block.
+            slots: requests that the engine can hold; `Batch.slots_R` lies below.
+            cost: predicts seconds and is refined by `observe`.
+            calibration: of the confidences; refined by `observe`.
+            speed_floor: tokens a second that every request should get (goodput); 0: the throughput of all counts.
+            gate: decides when drafting stops and starts.
+        """
+        self.incidents = Incidents()
+        self._gamma = gamma
+        self._cost = cost
+        self._calibration = calibration
+        self._gate = gate or DraftGate()
+        self._prior = AcceptancePrior(gamma)
+        self._history = HostHistory(gamma, slots)
+        self._floors = SpeedFloors(slots, everyone=speed_floor)
+        self._realism = SlowRatio(strength=16.0, memory=512.0)
+        self._draft_time, self._plain_time = TimeBias(), TimeBias()
+        self._totals: dict[int, Totals] = {}
+        self._warned: set[str] = set()
+
+    @property
+    def realism(self) -> float:
+        """Accepted drafts by expected ones, lately: 1 when the confidences are right."""
+        return self._realism.value
+
+    @property
+    def prior_survival_G(self) -> np.ndarray:
+        """What is expected of a request that nothing is known of."""
+        return self._prior.survival_G
+
+    # ---- before the drafts
+
+    def plan(self, batch: Batch) -> Plan:
+        """Decide from earlier rounds; about 30 microseconds for 256 requests."""
+        requests = batch.requests
+        if requests == 0:
+            return Plan(False, 0.0, 0, "off", 0.0, 0.0)
+        if not self._cost.known:
+            self._warn_once("no-cost-data", "no cost data: every drafted token is verified until there is a profile")
+            return Plan(True, 0.0, requests * self._gamma, "no-cost-data", math.nan, math.nan)
+        context = int(np.add.reduce(batch.context_R))
+        looking = self._gate.looking
+        if self._gate.rests(requests, context, self._history.newcomers(batch) if not looking else 0):
+            return self._plain(requests, context, "off")
+        outlook = weigh(self._prospect(batch, context))
+        verdict = self._gate.decide(outlook.advantage, requests, context)
+        if verdict in ("off", "plain-probe"):
+            return self._plain(requests, context, "off" if verdict == "off" else "probe")
+        plan = Plan(True, outlook.price, outlook.capacity, outlook.reason, outlook.tokens, outlook.seconds)
+        self.incidents.unmet_floors += outlook.reason == "floor-unmet"
+        if verdict == "probe" and not looking:
+            self._history.forget()
+            self._prior.doubt(8.0)
+        if verdict in ("warm-up", "probe"):  # what is learned from a draft is worth a little more than its tokens
+            return plan._replace(price=0.5 * plan.price, reason=verdict)
+        return plan
+
+    def _plain(self, requests: int, context: int, reason: str) -> Plan:
+        seconds = self._plain_time.value * self._cost.plain(requests, context)
+        return Plan(False, 0.0, 0, reason, float(requests), seconds)
+
+    def _prospect(self, batch: Batch, context: int) -> Prospect:
+        """What earlier rounds and the cost model say of this batch."""
+        requests = batch.requests
+        totals = self._totals.get(requests)
+        if totals is None:
+            totals = self._totals[requests] = candidate_totals(requests, self._gamma, self._cost.tiers)
+        seconds_N = self._draft_time.value * (
+            self._cost.verify(requests, totals.total_N, context) + self._cost.draft(requests)
+        )
+        return Prospect(
+            self._expected_survivals(batch),
+            self._floors.weights(batch),
+            self._floors.of(batch),
+            self._realism.value,
+            totals,
+            seconds_N,
+            self._plain_time.value * self._cost.plain(requests, context),
+            self._cost.tiers is not None,
+        )
+
+    def _expected_survivals(self, batch: Batch) -> np.ndarray:
+        """Earlier rounds of the requests, as many as make a fair sample, [R, H, G]."""
+        depth_R = self._history.depths(batch)
+        enough = -(-_ROWS // batch.requests)
+        fewest = 1 if self._gate.looking else -(-enough // 4)
+        rounds = min(max(int(np.maximum.reduce(depth_R)), fewest), enough, self._history.depth)
+        return self._history.rows(batch, depth_R, rounds, self._prior.survival_G)
+
+    # ---- with the drafts
+
+    def admit(self, batch: Batch, plan: Plan, confidence_RG: np.ndarray) -> np.ndarray:
+        """Fresh survivals against the plan; about 15 microseconds for 256 requests."""
+        requests, gamma = confidence_RG.shape
+        if plan.price <= 0.0 and plan.capacity >= requests * gamma:
+            return np.full(requests, gamma + 1, dtype=np.int32)
+        confidence_RG, _ = self._calibrated(batch, confidence_RG)
+        return admit(values(confidence_RG, self._floors.weights(batch)), plan.price, plan.capacity)
+
+    def _calibrated(self, batch: Batch, confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
+        calibrate = None if self._calibration is None else self._calibration.apply
+        return calibrated(confidence_RG, batch.temperature_R, calibrate)
+
+    # ---- after the round
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn acceptance, and, from steady rounds, time; what cannot be is counted and ignored."""
+        requests = outcome.batch.requests
+        if requests == 0:
+            return
+        self._history.pass_round()
+        drafted = outcome.plan.drafts and outcome.confidence_RG is not None
+        drafts_R = outcome.verify_lens_R - 1
+        if not ((outcome.accepted_R >= 0) & (outcome.accepted_R <= drafts_R) & (drafts_R <= self._gamma)).all():
+            self._reject("verify lengths or accepted drafts out of range")
+            return
+        if outcome.confidence_RG is not None and drafted:
+            self._learn_acceptance(outcome, outcome.confidence_RG)
+        if outcome.steady:
+            self._learn_time(outcome, drafted)
+        self._gate.observe(drafted)
+
+    def _learn_acceptance(self, outcome: Outcome, raw_RG: np.ndarray) -> None:
+        batch = outcome.batch
+        confidence_RG, bad = self._calibrated(batch, raw_RG)
+        survival_RG = np.multiply.accumulate(confidence_RG, axis=1)
+        verified_RG = np.arange(self._gamma) < (outcome.verify_lens_R - 1)[:, None]
+        if bad:
+            self.incidents.bad_confidences += bad
+            self._warn_once(
+                "bad-confidence", "confidences that are no probabilities count as 1: their drafts are verified"
+            )
+        elif self._calibration is not None:
+            self._calibration.observe(raw_RG, outcome.verify_lens_R, outcome.accepted_R, batch.temperature_R)
+        expected = float(np.where(verified_RG, survival_RG, 0.0).sum())
+        self._realism.observe(float(outcome.accepted_R.sum()), expected)
+        self._prior.observe(confidence_RG, outcome.verify_lens_R, outcome.accepted_R)
+        self._history.observe(batch, survival_RG)
+
+    def _learn_time(self, outcome: Outcome, drafted: bool) -> None:
+        seconds, draft_seconds = outcome.seconds, outcome.draft_seconds
+        if not (0.0 < seconds < math.inf and 0.0 <= draft_seconds < seconds):
+            self._reject("impossible times of a round")
+            return
+        batch = outcome.batch
+        requests, context = batch.requests, int(batch.context_R.sum())
+        tokens = int(outcome.verify_lens_R.sum())
+        self._cost.observe(requests, tokens, context, draft_seconds, seconds, drafted)
+        # Against the refined model: what it learns by itself needs no second correction.
+        if self._cost.known and drafted:
+            verify = float(self._cost.verify(requests, np.array([tokens]), context)[0])
+            self._draft_time.observe(seconds, verify + self._cost.draft(requests))
+        elif self._cost.known:
+            self._plain_time.observe(seconds, self._cost.plain(requests, context))
+        self._floors.observe(batch, outcome.accepted_R + 1, seconds)
+
+    def _reject(self, what: str) -> None:
+        self.incidents.bad_outcomes += 1
+        self._warn_once(what, f"{what}: such rounds are ignored")
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message)

@@ -1,0 +1,189 @@
+"""Whether to draft at all: hysteresis, and rare looks at the other way of decoding."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Literal
+
+Verdict = Literal["draft", "off", "warm-up", "probe", "plain-probe"]
+
+
+class _State(Enum):
+    WARMING = 1  # too little seen to judge
+    DRAFTING = 2
+    RESTING = 3
+    LOOKING = 4  # drafting for a few rounds to see whether it pays again
+
+
+class DraftGate:
+    """Drafts while that is faster than plain decoding.
+
+    The advantage it is told is (tokens a second with drafts) / (without), as predicted from earlier rounds. Drafting
+    stops below 1 and starts again above 1 + margin. While it rests it looks every `interval` rounds, twice as rarely
+    after each look that was in vain; when the load jumps or requests have come, the prediction alone may start it.
+    While it drafts at a small advantage, a single plain round, rarer each time, keeps the other prediction honest.
+    """
+
+    def __init__(self, *, margin: float = 0.02, interval: int = 64, longest: int = 1024, evidence: int = 64) -> None:
+        """`evidence` is the number of requests' rounds (of at most 16 rounds) that a judgement needs."""
+        self._margin = margin
+        self._shortest, self._longest = interval, longest
+        self._evidence = evidence
+        self._state = _State.WARMING
+        self._drafted = 0  # observed drafting rounds in this state
+        self._rested = 0  # rounds since the last look
+        self._interval = interval
+        self._jump_margin = margin
+        self._load = (0, 0, 0)  # requests, context and newcomers at the last judgement against drafting
+        self._load_now = self._load
+        self._look_due = self._jumped = False  # as of this round
+        self._by_prediction = False  # drafting was started without a look
+        self._until_plain = interval // 2
+        self._plain_interval = interval
+
+    @property
+    def warming(self) -> bool:
+        """Nothing is known yet."""
+        return self._state is _State.WARMING
+
+    @property
+    def looking(self) -> bool:
+        """Only what was seen since the look began should be judged."""
+        return self._state is _State.LOOKING
+
+    def rests(self, requests: int, context: int, newcomers: int) -> bool:
+        """Whether this round is plain without weighing anything; False: `decide` must be asked.
+
+        Args:
+            newcomers: requests that nothing was drafted for yet; when they are half of the batch, the next look is
+                not put off.
+        """
+        if self._state is _State.LOOKING:
+            self._rested += 1
+            return self._drafted == 0 and self._rested < self._shortest  # the outcome is still on its way
+        if self._state is not _State.RESTING:
+            return False
+        self._rested += 1
+        self._look_due = self._rested >= (self._shortest if 2 * newcomers >= requests else self._interval)
+        self._load_now = (requests, context, newcomers)
+        self._jumped = _differs(requests, self._load[0]) or _differs(context, self._load[1])
+        self._jumped |= abs(newcomers - self._load[2]) >= max(requests / 4, 1)
+        return not (self._look_due or self._jumped)
+
+    def decide(self, advantage: float, requests: int, context: int) -> Verdict:
+        """What to do in this round."""
+        match self._state:
+            case _State.WARMING:
+                if not self._judges(requests):
+                    return "warm-up"
+                self._enter(_State.DRAFTING)
+                self._drafted = 16  # the evidence is there already
+                return self._while_drafting(advantage, requests, context)
+            case _State.DRAFTING:
+                return self._while_drafting(advantage, requests, context)
+            case _State.RESTING:
+                return self._while_resting(advantage)
+            case _State.LOOKING:
+                return self._while_looking(advantage, requests, context)
+
+    def observe(self, drafted: bool) -> None:
+        """A round's outcome has become known."""
+        self._drafted += drafted
+
+    def _while_drafting(self, advantage: float, requests: int, context: int) -> Verdict:
+        if advantage < 1.0 and self._judges(requests):
+            if self._by_prediction and self._drafted < 32:
+                self._jump_margin = min(2 * self._jump_margin, 0.5)  # a wrong start: the next one must be clearer
+            self._rest(requests, context)
+            return "off"
+        if self._drafted >= self._shortest:
+            self._jump_margin = self._margin
+        self._until_plain -= 1
+        if self._until_plain <= 0:
+            self._plain_interval = min(2 * self._plain_interval, 4 * self._longest)
+            self._until_plain = self._plain_interval
+            if advantage < 2.0:
+                return "plain-probe"
+        return "draft"
+
+    def _while_resting(self, advantage: float) -> Verdict:
+        if self._jumped and advantage > 1.0 + self._jump_margin:
+            self._enter(_State.DRAFTING)
+            self._by_prediction = True
+            return "draft"
+        self._load = self._load_now
+        if not self._look_due:
+            return "off"
+        self._enter(_State.LOOKING)
+        return "probe"
+
+    def _while_looking(self, advantage: float, requests: int, context: int) -> Verdict:
+        if advantage <= 1.0 + self._margin:
+            if self._drafted <= 1:
+                self._interval = min(2 * self._interval, self._longest)
+            self._rest(requests, context)
+            return "off"
+        if not self._judges(requests):
+            return "probe"
+        self._enter(_State.DRAFTING)
+        self._drafted = 16
+        self._interval, self._jump_margin = self._shortest, self._margin
+        return "draft"
+
+    def _judges(self, requests: int) -> bool:
+        return self._drafted >= min(16, math.ceil(self._evidence / requests))
+
+    def _rest(self, requests: int, context: int) -> None:
+        self._enter(_State.RESTING)
+        self._load = (requests, context, 0)
+
+    def _enter(self, state: _State) -> None:
+        self._state = state
+        self._drafted = self._rested = 0
+        self._by_prediction = False
+
+
+def _differs(now: int, then: int) -> bool:
+    """By more than a quarter."""
+    return abs(now - then) > 0.25 * then
+
+
+class SlowRatio:
+    """Realised over expected, as sums that forget; 1 until something is seen."""
+
+    def __init__(self, *, strength: float, memory: float) -> None:
+        """`strength` and `memory` in units of what is expected."""
+        self._strength, self._memory = strength, memory
+        self._realised = self._expected = 0.0
+
+    @property
+    def value(self) -> float:
+        """Within a factor of four: beyond that, something other than a bias is wrong."""
+        return min(max((self._strength + self._realised) / (self._strength + self._expected), 0.25), 4.0)
+
+    def observe(self, realised: float, expected: float) -> None:
+        """Add a round."""
+        keep = math.exp(-expected / self._memory)
+        self._realised = keep * self._realised + realised
+        self._expected = keep * self._expected + expected
+
+
+class TimeBias:
+    """Measured over predicted seconds: the mean logarithm, of clipped samples, so that no hiccup moves it far."""
+
+    def __init__(self, *, clip: float = 0.7, slowest: float = 1 / 32) -> None:
+        self._clip, self._slowest = clip, slowest
+        self._log = 0.0
+        self._seen = 0
+
+    @property
+    def value(self) -> float:
+        """The factor that predictions should have had."""
+        return math.exp(self._log)
+
+    def observe(self, measured: float, predicted: float) -> None:
+        """Add a round; both > 0."""
+        self._seen += 1
+        error = math.log(measured / predicted) - self._log
+        self._log += max(1.0 / (self._seen + 3), self._slowest) * min(max(error, -self._clip), self._clip)

@@ -1,0 +1,117 @@
+"""The amount of verification, from old information: the total with the best rate, and the price that goes with it.
+
+Theta(B) = (anchors + value of the B - R best drafts) / seconds(B), over the totals B worth comparing (DSpark paper,
+section 4.3, with seconds that also know the draft pass and the context); rho = max Theta.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from dspark_serving.scheduler.admission import Totals, gain_curve
+from dspark_serving.scheduler.floors import worst_share
+
+
+class Prospect(NamedTuple):
+    """What earlier rounds say of a batch: R requests by H earlier rounds each."""
+
+    survival_RHG: np.ndarray  # float32, calibrated
+    weight_R: np.ndarray | None  # None: all 1
+    floor_R: np.ndarray | None  # tokens a second; None: no floors
+    realism: float  # accepted drafts by expected ones
+    totals: Totals
+    seconds_N: np.ndarray  # of a drafting round, for each total
+    plain_seconds: float  # of a round without drafts
+    tiered: bool  # tokens within a tier cost nothing
+
+
+class Outlook(NamedTuple):
+    """The best drafting round."""
+
+    price: float
+    capacity: int
+    reason: str
+    tokens: float  # expected, weighted, bonus tokens included
+    seconds: float
+    advantage: float  # its rate by plain decoding's; where one of them breaks a floor, by what they keep of it
+
+
+def weigh(prospect: Prospect) -> Outlook:
+    """Price and capacity of the batch's next drafting round."""
+    weight_R, survival_RHG = prospect.weight_R, prospect.survival_RHG
+    requests = len(survival_RHG)
+    anchors = float(requests) if weight_R is None else float(weight_R.sum())
+    value_RHG = survival_RHG if weight_R is None else survival_RHG * weight_R[:, None, None]
+    return _everything(prospect, value_RHG, anchors) or _best_total(prospect, value_RHG, anchors)
+
+
+def _everything(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Outlook | None:
+    """The whole window, where even the least of it pays; without sorting anything."""
+    total_N, drafts_N = prospect.totals
+    requests, rounds, gamma = value_RHG.shape
+    if prospect.floor_R is not None or drafts_N[-1] < requests * gamma:
+        return None
+    scale = prospect.realism / rounds
+    tokens = anchors + scale * float(np.add.reduce(value_RHG, axis=None))
+    seconds = float(prospect.seconds_N[-1])
+    smallest = prospect.realism * float(np.minimum.reduce(value_RHG[..., -1], axis=None))
+    rate = tokens / seconds
+    if len(total_N) > 1:
+        # At the rate of the whole window every step up to it has to pay, then no smaller total has a better one.
+        steps_M = prospect.seconds_N[1:] - prospect.seconds_N[:-1]
+        if (rate * steps_M > smallest * (total_N[1:] - total_N[:-1])).any():
+            return None
+    advantage = rate * prospect.plain_seconds / anchors
+    return Outlook(0.0, requests * gamma, "bypass", tokens, seconds, advantage)
+
+
+def _best_total(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Outlook:
+    """The total with the best rate, and the price of a token around it."""
+    total_N, drafts_N = prospect.totals
+    seconds_N = prospect.seconds_N
+    requests, rounds, gamma = value_RHG.shape
+    scale = prospect.realism / rounds
+    sorted_value = np.sort(value_RHG, axis=None)
+    tokens_N = anchors + scale * gain_curve(sorted_value, drafts_N * rounds)
+    rate_N = tokens_N / seconds_N
+    plain_rate = anchors / prospect.plain_seconds
+    if prospect.floor_R is None:
+        best, share, plain_share = int(rate_N.argmax()), math.inf, math.inf
+    else:
+        best, share, plain_share = _within_floors(prospect, prospect.floor_R, value_RHG, sorted_value, rate_N)
+    capacity = int(drafts_N[best])
+    if prospect.tiered:
+        price, tokens, seconds = 0.0, float(tokens_N[best]), float(seconds_N[best])
+    else:
+        low, high = max(best - 1, 0), min(best + 1, len(total_N) - 1)
+        slope = max(float((seconds_N[high] - seconds_N[low]) / (total_N[high] - total_N[low])), 0.0)
+        price = max(float(rate_N[best]), plain_rate) * slope / prospect.realism
+        first = int(sorted_value.searchsorted(np.float32(price)))
+        tokens = anchors + scale * float(np.add.reduce(sorted_value[first:]))
+        seconds = float(np.interp(requests + (sorted_value.size - first) / rounds, total_N, seconds_N))
+        if prospect.floor_R is None:
+            capacity = requests * gamma
+    reason = "floor-unmet" if share < 1.0 else "tier" if prospect.tiered else "price"
+    advantage = tokens / seconds / plain_rate
+    if min(share, plain_share) < 1.0:  # a floor goes before the rate
+        advantage = min(share, 1.0) / min(plain_share, 1.0)
+    return Outlook(price, capacity, reason, tokens, seconds, advantage)
+
+
+def _within_floors(
+    prospect: Prospect, floor_R: np.ndarray, value_RHG: np.ndarray, sorted_value: np.ndarray, rate_N: np.ndarray
+) -> tuple[int, float, float]:
+    """The best total that keeps every floor, else the one nearest to that; the share of its floor that the worst-served
+    request gets there, and from plain decoding.
+    """
+    rounds = value_RHG.shape[1]
+    take_N = prospect.totals.drafts_N * rounds
+    cut_N = np.where(take_N > 0, sorted_value[np.minimum(sorted_value.size - take_N, sorted_value.size - 1)], np.inf)
+    expected_RHG = prospect.realism * prospect.survival_RHG
+    share_N = worst_share(floor_R, expected_RHG, value_RHG, cut_N, prospect.seconds_N)
+    kept_N = share_N >= 1.0
+    best = int(np.where(kept_N, rate_N, -np.inf).argmax()) if kept_N.any() else int(share_N.argmax())
+    return best, float(share_N[best]), 1.0 / (float(floor_R.max()) * prospect.plain_seconds)
