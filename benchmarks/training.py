@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.results import ResultFile, Row
 from dspark_serving.assets import shipped_bundle
+from dspark_serving.bench.results import ResultFile, Row
 from dspark_serving.cli.console import one_line_errors, report
 
 _RESULT = Path(__file__).parent / "results" / "training.json"

@@ -120,7 +120,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, seconds:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise EnvironmentMismatchError(
-                f"the server ended with code {process.returncode} before it was ready: {_last_complaint(server.log)}",
+                f"the server ended with code {process.returncode} before it was ready: {last_complaint(server.log)}",
                 expected="it to serve",
                 fix=f"Its log is {server.log}.",
             )
@@ -133,7 +133,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, seconds:
     )
 
 
-def _last_complaint(log: Path) -> str:
+def last_complaint(log: Path) -> str:
     """The last line of a log that names an error, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"dspark: error|[\w.]*(Error|Exception)\b", line)]

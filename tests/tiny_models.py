@@ -41,7 +41,7 @@ def make_tiny_target(path: Path, arch: Literal["qwen3", "llama"] = "qwen3", *, s
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.15)
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    write_tokenizer(path)
     return dict(json.loads((path / "config.json").read_text()))
 
 
@@ -103,7 +103,7 @@ def make_tiny_drafter(
     return config
 
 
-def _write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path) -> None:
     """A tokenizer of single characters and numbered words, enough for prompts and readable answers."""
     vocab = {chr(32 + i): i for i in range(95)}
     vocab |= {f"w{i}": i for i in range(95, VOCAB_SIZE - 2)}

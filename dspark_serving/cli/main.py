@@ -5,12 +5,14 @@ from __future__ import annotations
 import typer
 
 from dspark_serving.cli.assets import assets_app
+from dspark_serving.cli.bench import bench
 from dspark_serving.cli.demo import demo
 from dspark_serving.cli.inspect import inspect
 from dspark_serving.cli.train import train, train_demo
 
 app = typer.Typer(no_args_is_help=True, help="DSpark drafters on SGLang.", pretty_exceptions_enable=False)
 app.add_typer(assets_app, name="assets")
+app.command()(bench)
 app.command()(demo)
 app.command()(inspect)
 app.command()(train)

@@ -22,12 +22,12 @@ from dspark_serving import __version__
 Row = dict[str, Any]
 """One measured point or one summary; the keys are listed in benchmarks/README.md."""
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A file under benchmarks/results; made before anything is measured, it takes the time and the commit then."""
+    """A result file; made before anything is measured, it takes the time and the commit then."""
 
     name: str
     path: Path
@@ -58,7 +58,7 @@ def command() -> str:
     program, *arguments = sys.argv
     module = Path(program).resolve()
     inside = module.is_relative_to(_ROOT) and module.suffix == ".py"
-    start = ["python", "-m", ".".join(module.relative_to(_ROOT).with_suffix("").parts)] if inside else [program]
+    start = ["python", "-m", ".".join(module.relative_to(_ROOT).with_suffix("").parts)] if inside else [module.name]
     return shlex.join([*start, *arguments])
 
 

@@ -1,0 +1,104 @@
+"""What is sent to every arm: datasets, loads, and the arguments that `sglang.benchmark.serving` gets for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from dspark_serving.errors import DataError
+
+
+class Dataset(NamedTuple):
+    """Prompts of a JSONL file (a `prompt` a line), or a dataset of SGLang's client."""
+
+    name: str
+    path: Path | None = None  # None: `name` is what the client's --dataset-name knows
+
+
+class Load(NamedTuple):
+    """How hard the server is pressed: requests under way, or requests a second (Poisson); one of both."""
+
+    concurrency: int | None = None
+    request_rate: float | None = None
+
+    def __str__(self) -> str:
+        return f"x{self.concurrency}" if self.concurrency is not None else f"{self.request_rate:g}/s"
+
+
+class Shape(NamedTuple):
+    """How many requests of which length a run has."""
+
+    prompts: int  # at least; a run has no fewer than its concurrency, so that the load is what it says
+    max_tokens: int
+    ignore_eos: bool  # every answer has max_tokens tokens
+
+    def requests(self, load: Load) -> int:
+        """Requests of one run."""
+        return max(self.prompts, load.concurrency or 0)
+
+
+def client_arguments(
+    dataset: Dataset, load: Load, temperature: float, shape: Shape, *, seed: int, scratch: Path
+) -> list[str]:
+    """The arguments by which SGLang's client sends the same requests in the same order whenever it is called.
+
+    Raises:
+        DataError: the prompt file cannot be read or has too few prompts.
+    """
+    requests, tokens = shape.requests(load), str(shape.max_tokens)
+    body = {"temperature": temperature, "ignore_eos": shape.ignore_eos, "stream_options": {"include_usage": True}}
+    arguments = ["--backend", "sglang-oai-chat", "--num-prompts", str(requests), "--seed", str(seed)]
+    arguments += ["--extra-request-body", json.dumps(body)]
+    if load.concurrency is not None:
+        arguments += ["--max-concurrency", str(load.concurrency)]
+    if load.request_rate is not None:
+        arguments += ["--request-rate", str(load.request_rate)]
+    if dataset.path is not None:
+        path = _request_file(read_prompts(dataset.path, requests), scratch / f"{dataset.name}.jsonl")
+        arguments += ["--dataset-name", "openai", "--dataset-path", str(path)]
+    else:
+        arguments += ["--dataset-name", dataset.name, "--random-range-ratio", "1.0"]
+    # Each dataset of the client has its own name for the length of an answer.
+    for flag in ("--sharegpt-output-len", "--random-output-len", "--gsp-output-len", "--speed-bench-output-len"):
+        arguments += [flag, tokens]
+    return arguments
+
+
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The first `count` prompts of a JSONL file.
+
+    Raises:
+        DataError: it cannot be read, has fewer, or a line has no `prompt`.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        prompts = [str(json.loads(line)["prompt"]) for line in lines[:count]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no file of prompts ({type(error).__name__}: {error})",
+            expected='JSON lines with the key "prompt"',
+            fix="See benchmarks/prompts for examples.",
+        ) from error
+    if len(prompts) < count:
+        fix = "Ask for fewer prompts or a lower concurrency."
+        raise DataError(f"{path} has {len(prompts)} prompts", expected=f"{count}", fix=fix)
+    return prompts
+
+
+def expected_seconds(load: Load, shape: Shape) -> float:
+    """Of one run, roughly: on two CPU cores, SmolLM2-135M, no speculation; elsewhere right in proportion at best."""
+    overhead, prefill, slope, base = 2.0, 0.2, 0.0073, 0.068  # a step of 1 request takes 0.075 s, of 32 0.3 s
+    requests = shape.requests(load)
+    if load.concurrency is None:
+        return overhead + requests / (load.request_rate or math.inf) + shape.max_tokens * (base + slope)
+    waves = math.ceil(requests / load.concurrency)
+    return overhead + requests * prefill + waves * shape.max_tokens * (base + slope * load.concurrency)
+
+
+def _request_file(prompts: list[str], path: Path) -> Path:
+    """The prompts in the form that the client sends unchanged and in this order (its `custom` form shuffles them)."""
+    lines = [json.dumps({"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
