@@ -38,8 +38,8 @@ def test_identity_changes_nothing() -> None:
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
-    THREE.write(tmp_path / "new" / "calibration.json")
-    assert Calibration.read(tmp_path / "new" / "calibration.json", 3) == THREE
+    THREE.save(tmp_path / "new" / "calibration.json")
+    assert Calibration.load(tmp_path / "new" / "calibration.json", 3) == THREE
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["calibration.json"]
 
 
@@ -67,13 +67,13 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes | d
         content = json.dumps(good | content).encode()
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="dspark calibrate") as caught:
-        Calibration.read(path, 3)
+        Calibration.load(path, 3)
     assert says in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
-        Calibration.read(tmp_path / "calibration.json", 3)
+        Calibration.load(tmp_path / "calibration.json", 3)
 
 
 def test_a_temperature_that_is_no_number_is_refused() -> None:

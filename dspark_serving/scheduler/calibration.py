@@ -81,7 +81,7 @@ class Calibration:
         return all(t == 1.0 for t in self.temperatures_G)
 
     @classmethod
-    def read(cls, path: Path, gamma: int) -> Calibration:
+    def load(cls, path: Path, gamma: int) -> Calibration:
         """The calibration in a file, for drafters of block size `gamma`.
 
         Raises:
@@ -102,8 +102,8 @@ class Calibration:
             )
         return cls(tuple(found.temperatures), found.fitted_on)
 
-    def write(self, path: Path) -> None:
-        """Write the file that `read` reads; a reader sees the old contents or the new, never a part."""
+    def save(self, path: Path) -> None:
+        """Write the file that `load` reads; a reader sees the old contents or the new, never a part."""
         content = _File(
             version=1, gamma=self.gamma, temperatures=list(self.temperatures_G), fitted_on=dict(self.fitted_on)
         )
