@@ -6,13 +6,15 @@ The command line (`--dspark-<name>`), the environment (`DSPARK_<NAME>`) and the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspark_serving.errors import OptionError
 
-PolicyName = Literal["full", "threshold", "off"]
+PolicyName = Literal["adaptive", "full", "threshold", "algorithm1", "native", "off"]
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 class ServingConfig(BaseModel):
@@ -21,15 +23,34 @@ class ServingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: PolicyName = Field(
-        default="full",
-        description="which drafted tokens are verified: all of them (full), those whose survival reaches the "
-        "threshold (threshold), or none, without drafting (off)",
+        default="adaptive",
+        description="which drafted tokens are verified: those that pay at the present load, drafting itself switched "
+        "off when it does not pay (adaptive); all of them (full); those whose survival reaches the threshold "
+        "(threshold); the paper's Algorithm 1 (algorithm1); SGLang's own budget with this server's profile (native); "
+        "none, without drafting (off)",
     )
     threshold: float = Field(
         default=0.3,
         ge=0.0,
         le=1.0,
         description="policy threshold: the survival (product of confidences) below which a position is not verified",
+    )
+    speed_floor: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="policy adaptive: tokens a second that every request should get at least; 0 for the most "
+        "throughput",
+    )
+    calibration: Path | None = Field(
+        default=None,
+        description="calibration of the confidence head, from `dspark calibrate`; else calibration.json beside the "
+        "drafter, if there is one",
+    )
+    profile_seconds: float = Field(
+        default=15.0, ge=0.0, description="time at start-up for measuring rounds, at most; 0 to go without"
+    )
+    recording: Path | None = Field(
+        default=None, description="directory for recordings of rounds, made on demand and on anomalies; else none"
     )
     disable: bool = Field(
         default=False,

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
+
+from dspark_serving.scheduler.round import Outcome
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,14 +20,25 @@ WINDOW = 256
 
 
 class RoundStats:
-    """Rolling means over the last rounds; times are the host's."""
+    """Totals since the start and rolling means over the last rounds; times are the host's."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start over."""
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._total_seconds: dict[str, float] = defaultdict(float)
         self._accepted: deque[tuple[int, int]] = deque(maxlen=WINDOW)  # (requests, accepted tokens)
+        self._reasons: dict[str, int] = defaultdict(int)
         self.rounds = 0
         self.requests = 0
         self.tokens = 0
+        self.verified_tokens = 0
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase].append(seconds)
+        self._total_seconds[phase] += seconds
 
     def timed(self, phase: str, function: Callable[P, R]) -> Callable[P, R]:
         """`function`, with its duration counted under `phase`."""
@@ -35,7 +48,7 @@ class RoundStats:
             try:
                 return function(*args, **kwargs)
             finally:
-                self._seconds[phase].append(time.perf_counter() - start)
+                self._add(phase, time.perf_counter() - start)
 
         return measure
 
@@ -44,20 +57,28 @@ class RoundStats:
         """Time one whole round."""
         start = time.perf_counter()
         yield
-        self._seconds["round"].append(time.perf_counter() - start)
+        self._add("round", time.perf_counter() - start)
         self.rounds += 1
 
-    def count(self, correct_drafts: list[int]) -> None:
-        """Count one round's accepted drafts, one number a request."""
-        tokens = sum(correct_drafts) + len(correct_drafts)
-        self._accepted.append((len(correct_drafts), tokens))
-        self.requests += len(correct_drafts)
+    def count(self, outcome: Outcome) -> None:
+        """Count a finished round."""
+        requests = outcome.batch.requests
+        tokens = int(outcome.accepted_R.sum()) + requests
+        self._accepted.append((requests, tokens))
+        self._reasons[outcome.plan.reason] += 1
+        self.requests += requests
         self.tokens += tokens
+        self.verified_tokens += int(outcome.verify_lens_R.sum())
+
+    def newest(self, phase: str) -> float:
+        """Seconds of the last time that `phase` ran; 0 before."""
+        times = self._seconds[phase]
+        return times[-1] if times else 0.0
 
     @property
     def seconds(self) -> dict[str, float]:
         """Mean seconds of each phase over the window."""
-        return {phase: sum(times) / len(times) for phase, times in self._seconds.items()}
+        return {phase: sum(times) / len(times) for phase, times in self._seconds.items() if times}
 
     @property
     def accepted_length(self) -> float | None:
@@ -66,35 +87,44 @@ class RoundStats:
         return sum(tokens for _, tokens in self._accepted) / requests if requests else None
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything as plain values, in base units."""
+        """Everything as plain values, in base units; totals first, so that differences of two snapshots are exact."""
         return {
             "rounds": self.rounds,
             "request_rounds": self.requests,
             "output_tokens": self.tokens,
+            "verified_tokens": self.verified_tokens,
+            "phase_seconds_total": dict(self._total_seconds),
+            "plans": dict(self._reasons),
             "accepted_length": self.accepted_length,
             "phase_seconds": self.seconds,
         }
 
 
+_MOST_RECENT: Literal["mostrecent"] = "mostrecent"
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(name, text, list(labels), multiprocess_mode=_MOST_RECENT)
+
+
 class ServerMetrics:
-    """Gauges on SGLang's /metrics; made in the scheduler, after SGLang has set up the multi-process registry."""
+    """What /metrics shows beside SGLang's own; made in the scheduler, after SGLang set up the multi-process registry."""
 
     def __init__(self, version: str) -> None:
-        mode: Literal["mostrecent"] = "mostrecent"
         self._version = version
-        self._active = Gauge(
-            "dspark_plugin_active",
-            "1 for the policy in force while dspark-serving serves",
-            ["version", "policy"],
-            multiprocess_mode=mode,
-        )
-        self._seconds = Gauge(
-            "dspark_phase_seconds", "Rolling mean of a round's phase", ["phase"], multiprocess_mode=mode
-        )
-        self._accepted = Gauge(
-            "dspark_accepted_length", "Tokens a request and round, bonus token included", multiprocess_mode=mode
-        )
         self._policy: str | None = None
+        self._active = _gauge(
+            "dspark_plugin_active", "1 for the policy in force while dspark-serving serves", "version", "policy"
+        )
+        self._seconds = _gauge("dspark_phase_seconds", "Rolling mean of a round's phase", "phase")
+        self._accepted = _gauge("dspark_accepted_length", "Tokens a request and round, bonus token included")
+        self._step = _gauge("dspark_step_seconds", "Time of the newest round, as planned and as measured", "kind")
+        self._tokens = _gauge("dspark_round_tokens", "Tokens of the newest round, as planned and as realised", "kind")
+        self._capacity = _gauge("dspark_budget_tokens", "Drafted tokens that the newest plan admits at most")
+        self._price = _gauge("dspark_price", "Survival that a drafted token must reach to be verified")
+        self._facts = _gauge("dspark_scheduler", "State of the scheduler: what it has learned and counted", "fact")
+        self._rounds = Counter("dspark_rounds", "Rounds by the reason of their plan", ["reason"])
+        self._verified = Counter("dspark_verified_tokens", "Rows of verification forwards, anchors included")
 
     def set_policy(self, name: str) -> None:
         """Show `name` as the policy in force."""
@@ -103,9 +133,20 @@ class ServerMetrics:
         self._active.labels(self._version, name).set(1)
         self._policy = name
 
-    def update(self, stats: RoundStats) -> None:
-        """Publish the rolling means."""
+    def update(self, stats: RoundStats, outcome: Outcome, facts: dict[str, float]) -> None:
+        """Publish the newest round."""
         for phase, seconds in stats.seconds.items():
             self._seconds.labels(phase).set(seconds)
         if stats.accepted_length is not None:
             self._accepted.set(stats.accepted_length)
+        plan = outcome.plan
+        self._step.labels("planned").set(plan.expected_seconds)
+        self._step.labels("measured").set(outcome.seconds)
+        self._tokens.labels("planned").set(plan.expected_tokens)
+        self._tokens.labels("realised").set(int(outcome.accepted_R.sum()) + outcome.batch.requests)
+        self._capacity.set(plan.capacity)
+        self._price.set(plan.price)
+        self._rounds.labels(plan.reason).inc()
+        self._verified.inc(int(outcome.verify_lens_R.sum()))
+        for name, value in facts.items():
+            self._facts.labels(name).set(value)

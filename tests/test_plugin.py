@@ -28,7 +28,7 @@ def parse(*arguments: str) -> ServingConfig:
 
 
 def test_options_come_from_flag_then_variable_then_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse() == ServingConfig(policy="full", threshold=0.3, disable=False)
+    assert parse() == ServingConfig(policy="adaptive", threshold=0.3, disable=False)
     monkeypatch.setenv("DSPARK_POLICY", "off")
     monkeypatch.setenv("DSPARK_THRESHOLD", "0.5")
     assert parse() == ServingConfig(policy="off", threshold=0.5)

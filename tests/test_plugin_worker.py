@@ -5,24 +5,41 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from dspark_serving.metrics import WINDOW, RoundStats
-from dspark_serving.scheduler.policies import OffPolicy, Policy, ThresholdPolicy
+from dspark_serving.scheduler.baselines import Algorithm1Policy, FullPolicy, OffPolicy, ThresholdPolicy
+from dspark_serving.scheduler.cost import CostModel
+from dspark_serving.scheduler.round import Batch, Outcome, Policy
+from dspark_serving.sglang_adapter.plan_sync import PlanSync
 from dspark_serving.sglang_adapter.planner import PolicyPlanner
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
+GAMMA = 3
 
-def test_round_stats_roll() -> None:
+
+def outcome(accepted: list[int], verify_lens: list[int], policy: Policy | None = None) -> Outcome:
+    slots_R = np.arange(len(accepted))
+    batch = Batch.ordinary(slots_R, slots_R + 10)
+    plan = (policy or FullPolicy()).plan(batch)
+    lens_R = np.array(verify_lens, dtype=np.int32)
+    return Outcome(batch, plan, None, lens_R, np.array(accepted, dtype=np.int32), 0.01, 0.1, True)
+
+
+def test_round_stats_roll_and_add_up() -> None:
     stats = RoundStats()
     assert stats.accepted_length is None
     for _ in range(WINDOW):
-        stats.count([9])
+        stats.count(outcome([9], [10]))
     for _ in range(WINDOW):
-        stats.count([0, 2])  # two requests: one and three tokens, the bonus tokens included
+        stats.count(outcome([0, 2], [1, 4], OffPolicy()))  # one and three tokens, the bonus tokens included
     assert stats.accepted_length == 2.0
-    assert (stats.requests, stats.tokens) == (3 * WINDOW, 14 * WINDOW)
+    assert (stats.requests, stats.tokens, stats.verified_tokens) == (3 * WINDOW, 14 * WINDOW, 15 * WINDOW)
+    assert stats.snapshot()["plans"] == {"full": WINDOW, "off": WINDOW}
+    stats.clear()
+    assert stats.snapshot()["output_tokens"] == 0
 
 
 def test_round_stats_time_what_they_wrap() -> None:
@@ -30,44 +47,68 @@ def test_round_stats_time_what_they_wrap() -> None:
     timed = stats.timed("verify", lambda seconds: time.sleep(seconds))
     with stats.round():
         timed(0.02)
-    assert stats.seconds["round"] >= stats.seconds["verify"] >= 0.02
+        timed(0.01)
+    assert stats.snapshot()["phase_seconds_total"]["round"] >= stats.snapshot()["phase_seconds_total"]["verify"] >= 0.03
+    assert 0.02 > stats.newest("verify") >= 0.01
     assert stats.snapshot()["rounds"] == 1
 
 
 def planner(policy: Policy) -> PolicyPlanner:
     found = PolicyPlanner.__new__(PolicyPlanner)
-    found.gamma = 3
+    found.gamma = GAMMA
     found._tp_sync = SimpleNamespace(sync=lambda site, tensor: tensor)
-    found.use(policy)
+    found.model_runner = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_generation=torch.ones(16, dtype=torch.int64))
+    )
+    found.policy, found.plan_sync = policy, PlanSync(None)
     return found
 
 
+def running_batch() -> SimpleNamespace:
+    params = SimpleNamespace(top_k=1, temperature=1.0, custom_params=None)
+    reqs = [SimpleNamespace(rid=str(i), sampling_params=params) for i in range(2)]
+    slots = torch.tensor([4, 7])
+    return SimpleNamespace(
+        reqs=reqs, req_pool_indices_cpu=slots, req_pool_indices=slots, seq_lens_cpu=torch.tensor([20, 30])
+    )
+
+
+CONFIDENCE = torch.tensor([[0.9, 0.4, 1.0], [1.0, 1.0, 1.0]])
+
+
 @pytest.mark.parametrize(
-    ("policy", "confidence", "expected", "budget"),
+    ("policy", "confidence", "expected", "verify_all"),
     [
-        (ThresholdPolicy(0.5), torch.tensor([[0.9, 0.4, 1.0], [1.0, 1.0, 1.0]]), [2, 4], None),
-        (OffPolicy(), None, [1, 1], 0),
+        (ThresholdPolicy(0.5), CONFIDENCE, [2, 4], False),
+        (OffPolicy(), None, [1, 1], False),
+        (FullPolicy(), CONFIDENCE, [4, 4], True),
+        (Algorithm1Policy(CostModel.unknown()), CONFIDENCE, [4, 4], True),
     ],
-    ids=["threshold", "off"],
+    ids=lambda value: getattr(value, "name", None),
 )
 def test_planner_asks_the_policy(
-    policy: Policy, confidence: torch.Tensor | None, expected: list[int], budget: int | None
+    policy: Policy, confidence: torch.Tensor | None, expected: list[int], verify_all: bool
 ) -> None:
     ours = planner(policy)
+    plan = ours.begin(running_batch())
+    assert plan.drafts == (confidence is not None)
+    assert ours._is_verify_all == verify_all
     slots = torch.tensor([4, 7])
+    budget = ours.resolve_verify_token_budget(
+        draft_input=None, confidence=confidence, prefix_lens=slots, req_pool_indices=slots
+    )
+    assert budget == (plan.capacity if plan.drafts else 0)
     lens = ours._schedule_verify_lens(
         req_pool_indices=slots, prefix_lens=slots, device=torch.device("cpu"), confidence=confidence, budget=None
     )
     assert (lens.tolist(), lens.dtype) == (expected, torch.int32)
-    found = ours.resolve_verify_token_budget(
-        draft_input=None, confidence=confidence, prefix_lens=slots, req_pool_indices=slots
-    )
-    assert found == budget
+    assert ours.verify_lens_R.tolist() == expected
 
 
 def test_a_round_without_drafts_proposes_certain_mask_tokens() -> None:
     proposer = PolicyProposer.__new__(PolicyProposer)
-    proposer.policy, proposer.gamma, proposer.query_token_num, proposer._mask_token_id = OffPolicy(), 3, 3, 7
+    proposer.gamma, proposer.query_token_num, proposer._mask_token_id = GAMMA, GAMMA, 7
+    proposer.plan = outcome([0], [1], OffPolicy()).plan
     proposer._draft_block_ids_buf = None
     proposal = proposer.propose(
         draft_input=SimpleNamespace(bonus_tokens=torch.tensor([11, 12])), bs=2, sampling_info=None

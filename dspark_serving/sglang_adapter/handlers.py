@@ -54,6 +54,34 @@ def get_internal_state(result: Any, self: Any, recv_req: Any) -> None:
     result.internal_state["dspark"] = {"active": False} if report is None else report()
 
 
+def update_handlers(result: dict[str, Any], self: Any) -> None:
+    """After SGLang listed what can be updated while it runs: our policy and recording too."""
+    worker = self.scheduler.draft_worker
+    if hasattr(worker, "dspark_report"):
+        from dspark_serving.sglang_adapter import scheduling
+
+        result.update(scheduling.update_handlers(worker))
+
+
+def scheduler_is_ready(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """After the scheduler was constructed: nothing is served yet, so the engine can be measured."""
+    if hasattr(scheduler.draft_worker, "dspark_report"):
+        from dspark_serving.sglang_adapter import scheduling
+
+        scheduling.start(scheduler)
+
+
+def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Before the HTTP server runs: our routes."""
+    if options.config_of(server_args).disable:
+        return
+    from sglang.srt.entrypoints import http_server
+
+    from dspark_serving.sglang_adapter import routes
+
+    http_server.app.include_router(routes.router(http_server.get_global_state))
+
+
 def chain_speculative_sampling(*args: Any, **kwargs: Any) -> None:
     """Instead of the Triton kernel."""
     from dspark_serving.sglang_adapter.cpu import sampling

@@ -63,6 +63,21 @@ HOOKS = (
         "proof of being active, timings and accepted length in /server_info",
     ),
     Seam(
+        f"{_STATE}._update_handlers", HookType.AFTER, handlers.update_handlers, "self",
+        "switch the policy of a running server",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler.Scheduler.__init__", HookType.AFTER, handlers.scheduler_is_ready,
+        "self, server_args, port_args",
+        "profile the engine when it is complete and before it takes requests",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server", HookType.BEFORE, handlers.add_routes,
+        "server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, subprocess_watchdog, "
+        "execute_warmup_func, launch_callback",
+        "the /dspark routes",
+    ),
+    Seam(
         "sglang.srt.arg_groups.speculative_hook._handle_dspark", HookType.AROUND, handlers.handle_dspark,
         "server_args", "DSPARK is refused on CPU by its device name alone", cpu_only=True,
     ),

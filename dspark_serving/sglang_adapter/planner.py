@@ -4,35 +4,72 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner
+from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner, local_verify_tier_num_tokens
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
-from dspark_serving.scheduler.policies import Policy
+from dspark_serving.scheduler.round import Batch, Plan, Policy
+from dspark_serving.sglang_adapter.device import DeviceAdmission
+from dspark_serving.sglang_adapter.plan_sync import PlanSync
+from dspark_serving.sglang_adapter.rounds import BatchReader
 
 
 class PolicyPlanner(DSparkVerifyPlanner):
-    """Asks a policy for the verify lengths of each round.
+    """Asks a policy for the plan of each round and for the verify lengths under it.
 
-    SGLang's constructor makes the planner itself, so the policy comes in by a subclass of its own (`with_policy`).
+    `policy` and `plan_sync` are set by the worker; SGLang's constructor makes the planner itself.
     """
 
-    initial_policy: Policy
+    policy: Policy
+    plan_sync: PlanSync
+    device_admission: DeviceAdmission | None = None  # where the confidences are not on the host
+    plan: Plan
+    batch: Batch
+    confidence_RG: np.ndarray | None
+    verify_lens_R: np.ndarray
+    _planned_ahead: bool = False
 
-    @classmethod
-    def with_policy(cls, policy: Policy) -> type[PolicyPlanner]:
-        """A planner class whose instances start with `policy`."""
-        return type("PolicyPlanner", (cls,), {"initial_policy": policy})
+    def begin(self, batch: Any) -> Plan:
+        """Plan the round of `batch` from earlier rounds; with overlap this was done when the batch was prepared."""
+        if not self._planned_ahead:
+            self._decide(batch)
+        self._planned_ahead = False
+        return self.plan
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.use(self.initial_policy)
-
-    def use(self, policy: Policy) -> None:
-        """Plan with `policy` from the next round on."""
-        self.policy = policy
+    def _decide(self, batch: Any) -> None:
+        if not hasattr(self, "_reader"):
+            self._reader = BatchReader(self.model_runner.req_to_token_pool.req_generation)
+        self.batch = self._reader.read(batch)
+        self.plan = self.plan_sync.share(self.policy.plan(self.batch) if self.plan_sync.decides else None)
+        whole = self.batch.requests * self.gamma
         # Full verification is the one case that SGLang serves from a cached layout, without a plan.
-        self._is_verify_all = policy.name == "full"
+        self._is_verify_all = self.plan.drafts and self.plan.price <= 0 and self.plan.capacity >= whole
+        self.confidence_RG = None
+        verify_len = self.gamma + 1 if self.plan.drafts else 1
+        self.verify_lens_R = np.full(self.batch.requests, verify_len, dtype=np.int32)
+
+    def prepare_verify_budget(self, batch: Any, future_map: Any) -> None:
+        """Under overlap: plan before the draft is launched, because the amount selects the captured graph."""
+        draft_input = batch.spec_info
+        if self._budget_planner is None or draft_input is None:
+            return super().prepare_verify_budget(batch, future_map)
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return super().prepare_verify_budget(batch, future_map)
+        self._decide(batch)
+        self._planned_ahead = True
+        draft_input.verify_token_budget = self._budget()
+        batch.spec_verify_tier_num_tokens = local_verify_tier_num_tokens(
+            bs=batch.batch_size(),
+            verify_token_budget=draft_input.verify_token_budget,
+            verify_num_draft_tokens=self.verify_num_draft_tokens,
+            min_verify_len=self._schedule_cfg.min_verify_len,
+        )
+        self._maybe_gather_dp_verify_tier(batch=batch, local_tier_num_tokens=batch.spec_verify_tier_num_tokens)
+        return None
+
+    def _budget(self) -> int:
+        return self.plan.capacity if self.plan.drafts else 0
 
     def resolve_verify_token_budget(
         self,
@@ -42,8 +79,10 @@ class PolicyPlanner(DSparkVerifyPlanner):
         prefix_lens: torch.Tensor,
         req_pool_indices: torch.Tensor,
     ) -> int | None:
-        """Drafted tokens to verify at most, which selects the captured graph: none without drafts, else no bound."""
-        return None if self.policy.drafts else 0
+        """Drafted tokens to verify at most, which selects the captured graph."""
+        if confidence is not None and confidence.device.type == "cpu":
+            self.confidence_RG = confidence.float().numpy()
+        return self._budget()
 
     def _schedule_verify_lens(
         self,
@@ -54,9 +93,12 @@ class PolicyPlanner(DSparkVerifyPlanner):
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor:
-        requests = int(req_pool_indices.shape[0])
         if confidence is None:
-            confidence = torch.ones(requests, self.gamma, device=device)
-        verify_lens = self.policy.verify_lens(confidence).to(device)
+            verify_lens = torch.from_numpy(self.verify_lens_R).to(device)
+        elif self.device_admission is not None:
+            verify_lens = self.device_admission(confidence, self.plan, self.batch.weight_R)
+        else:
+            self.verify_lens_R = self.policy.admit(self.batch, self.plan, confidence.float().cpu().numpy())
+            verify_lens = torch.from_numpy(self.verify_lens_R).to(device)
         self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)
         return verify_lens

@@ -1,4 +1,4 @@
-"""The draft pass of a round: SGLang's own on CUDA, an eager chain on CPU, none when the policy does not draft."""
+"""The draft pass of a round: SGLang's own on CUDA, an eager chain on CPU, none when the plan goes without."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
     resolve_draft_params,
 )
 
-from dspark_serving.scheduler.policies import Policy
+from dspark_serving.scheduler.round import Plan
 
 
 class PolicyProposer(DraftBlockProposer):
-    """Drafts with SGLang's proposer, unless the policy has drafting switched off.
+    """Drafts with SGLang's proposer, unless the plan of the round goes without a draft.
 
-    `policy` is set by the worker before the first round.
+    `plan` is set by the worker before each round.
     """
 
-    policy: Policy
+    plan: Plan
 
     def propose(self, **kwargs: Any) -> DraftProposal:
         """Draft one block for each request of the batch (SGLang's keyword arguments)."""
-        if self.policy.drafts:
+        if self.plan.drafts:
             return super().propose(**kwargs)
         return self._propose_nothing(kwargs["draft_input"], kwargs["bs"], kwargs["sampling_info"])
 

@@ -47,11 +47,11 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
         return
     if wanted:
         spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path)
-        # Ragged verification needs confidences, and is what every policy but full verification lives on.
-        if not spec.has_confidence and config.policy != "full":
+        # Ragged verification needs confidences; adaptive then verifies fully and says so.
+        if not spec.has_confidence and config.policy not in ("adaptive", "full"):
             raise OptionError(
                 f"{flag('policy')} {config.policy} with the drafter {spec.path}, which has no confidence head",
-                expected=f"{flag('policy')} full for this drafter",
+                expected=f"{flag('policy')} adaptive or full for this drafter",
                 fix="Change the policy, or use a drafter with enable_confidence_head.",
             )
         os.environ.setdefault(RAGGED_MODE, "compact" if spec.has_confidence else "static")

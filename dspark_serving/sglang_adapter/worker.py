@@ -3,60 +3,100 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.dspark_components import dspark_worker_v2
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
 
 from dspark_serving import __version__
 from dspark_serving.drafters import read_spec
 from dspark_serving.metrics import RoundStats, ServerMetrics
-from dspark_serving.scheduler.policies import Policy, make_policy
-from dspark_serving.sglang_adapter import options, resolution
+from dspark_serving.scheduler.baselines import FullPolicy
+from dspark_serving.scheduler.round import Policy
+from dspark_serving.sglang_adapter import resolution
+from dspark_serving.sglang_adapter.cpu import plain
+from dspark_serving.sglang_adapter.device import DeviceAdmission
+from dspark_serving.sglang_adapter.plan_sync import PlanSync
 from dspark_serving.sglang_adapter.planner import PolicyPlanner
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
+from dspark_serving.sglang_adapter.rounds import RoundLog
+
+if TYPE_CHECKING:
+    from dspark_serving.recording import FlightRecorder
+    from dspark_serving.scheduler.catalog import PolicyParts
 
 logger = logging.getLogger(__name__)
 
 
 class DsparkServingWorker(DSparkWorkerV2):
-    """SGLang's worker, with the verify lengths decided by a policy and every phase of a round timed."""
+    """SGLang's worker, with the verify lengths decided by a policy and every phase of a round timed.
+
+    It verifies fully until scheduling.py has measured the engine and calls `start_scheduling`.
+    """
 
     def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any, **kwargs: Any) -> None:
-        self.policy = make_policy(options.config_of(server_args))
         self._on_cpu = torch.device(target_worker.device).type == "cpu"
         self.stats = RoundStats()
+        self._rounds = RoundLog()
+        self._late_commit: Any = None
+        self.parts: PolicyParts | None = None
+        self.recorder: FlightRecorder | None = None
         self._metrics = ServerMetrics(__version__) if server_args.enable_metrics else None
-        with _our_parts(self.policy, on_cpu=self._on_cpu):
+        with _our_parts(on_cpu=self._on_cpu):
             super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
         if not self._hosts_draft:
             return
+        parallel = get_parallel()
+        ranks = parallel.tp_group
+        self._verify_planner.plan_sync = PlanSync(ranks.cpu_group if parallel.tp_size > 1 else None, ranks.first_rank)
         spec = read_spec(resolution.local_directory(server_args.speculative_draft_model_path, "drafter"))
         if self._on_cpu:
             from dspark_serving.sglang_adapter.cpu import enable
 
-            enable.prepare_worker(self, spec)
+            self._late_commit = enable.prepare_worker(self, spec)
         elif spec.draft_token_ids is not None:
             logger.warning("%s: its reduced vocabulary is used on CPU only; drafting from all tokens here", spec.path)
-        self.use(self.policy)
+        self.use(FullPolicy())
         self._time_phases()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._verify_planner.policy
 
     def use(self, policy: Policy) -> None:
         """Switch to `policy` from the next round on; the drafter's context stays current under every policy."""
-        self.policy = policy
-        self._verify_planner.use(policy)
-        self._proposer.policy = policy
+        if self.recorder is not None and self.parts is not None:
+            policy = self.recorder.watch(policy, self.parts)
+        self._verify_planner.policy = policy
         if self._metrics is not None:
             self._metrics.set_policy(policy.name)
+
+    def start_scheduling(self, parts: PolicyParts, recorder: FlightRecorder | None) -> None:
+        """From now on policies are made of `parts`, and their rounds go to `recorder`."""
+        self.parts = parts
+        self.recorder = recorder
+        if not self._on_cpu:
+            requests = get_schedule().max_running_requests
+            temperatures_G = parts.calibration.temperatures_G
+            self._verify_planner.device_admission = DeviceAdmission(requests, temperatures_G, self.device)
+
+    @property
+    def carries_confidence(self) -> bool:
+        """Whether the drafter judges its tokens; without that there is nothing to schedule by."""
+        return self._hosts_draft and bool(self._verify_planner.carries_confidence)
 
     def _time_phases(self) -> None:
         """Time the phases on the host: exact where rounds run eagerly, launch times only on a device with streams."""
         for owner, method, phase in (
             (self._proposer, "propose", "propose"),
-            (self._verify_planner, "schedule_layout", "plan"),
+            (self._verify_planner, "begin", "plan"),
+            (self._verify_planner, "schedule_layout", "admit"),
             (self._verify_executor, "run_compact", "verify"),
             (self._verify_executor, "run_non_compact", "verify"),
             (self._verify_executor, "accept_and_finalize", "accept"),
@@ -64,21 +104,63 @@ class DsparkServingWorker(DSparkWorkerV2):
         ):
             setattr(owner, method, self.stats.timed(phase, getattr(owner, method)))
 
-    def _forward_decode(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _forward_prefill(self, *args: Any, **kwargs: Any) -> Any:
+        self._rounds.interrupt()
+        if self._late_commit is not None:
+            self._late_commit.flush()
+        return super()._forward_prefill(*args, **kwargs)
+
+    def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
+        if batch.forward_mode.is_idle():
+            return super()._forward_decode(batch, on_publish, *args, **kwargs)
         if self._on_cpu:
             from dspark_serving.sglang_adapter.cpu import enable
 
             batch.seq_lens = enable.without_stream(batch.seq_lens)
+        started = time.perf_counter()
+        planner = self._verify_planner
+        plan = self._proposer.plan = planner.begin(batch)
+        if plan.drafts and self._late_commit is not None:
+            self._late_commit.flush()
         with self.stats.round():
-            result = super()._forward_decode(batch, *args, **kwargs)
+            if self._late_commit is not None and not plan.drafts and plain.is_plain(batch):
+                result = plain.run(self, batch, on_publish, self._late_commit)
+            else:
+                result = super()._forward_decode(batch, on_publish, *args, **kwargs)
+        self._rounds.launch(
+            batch=planner.batch,
+            plan=plan,
+            confidence_RG=planner.confidence_RG,
+            verify_lens_R=planner.verify_lens_R,
+            draft_seconds=self.draft_seconds if plan.drafts else 0.0,
+            started=started,
+        )
         return result
 
+    @property
+    def draft_seconds(self) -> float:
+        """Host seconds of the newest draft pass."""
+        return self.stats.newest("propose")
+
+    def any_rank_past(self, deadline: float) -> bool:
+        """Whether the deciding rank's clock (time.monotonic) is past `deadline`: all ranks stop together."""
+        return self._verify_planner.plan_sync.agree(time.monotonic() > deadline)
+
+    def forget_rounds(self) -> None:
+        """Drop rounds that were run to measure the engine."""
+        self._rounds.forget()
+        self.stats.clear()
+
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-        """Count the accepted drafts of a round, after SGLang has copied them to the host anyway."""
+        """Learn from a round, after SGLang has copied its result to the host anyway."""
         super().on_verify_complete_cpu(num_correct_drafts_per_req, batch_size)
-        self.stats.count(num_correct_drafts_per_req)
+        outcome = self._rounds.complete(num_correct_drafts_per_req)
+        if outcome is None:
+            return
+        self.stats.count(outcome)
+        self.policy.observe(outcome)
         if self._metrics is not None:
-            self._metrics.update(self.stats)
+            self._metrics.update(self.stats, outcome, {})
 
     def dspark_report(self) -> dict[str, Any]:
         """What /server_info shows under `internal_states[i].dspark`."""
@@ -87,14 +169,14 @@ class DsparkServingWorker(DSparkWorkerV2):
 
 
 @contextmanager
-def _our_parts(policy: Policy, *, on_cpu: bool) -> Iterator[None]:
+def _our_parts(*, on_cpu: bool) -> Iterator[None]:
     """Let SGLang's constructor build our planner and proposer: it takes both from names of its module."""
     proposer: type[PolicyProposer] = PolicyProposer
     if on_cpu:
         from dspark_serving.sglang_adapter.cpu.drafting import CpuProposer
 
         proposer = CpuProposer
-    parts = {"DSparkVerifyPlanner": PolicyPlanner.with_policy(policy), "DraftBlockProposer": proposer}
+    parts = {"DSparkVerifyPlanner": PolicyPlanner, "DraftBlockProposer": proposer}
     native = {name: getattr(dspark_worker_v2, name) for name in parts}
     for name, part in parts.items():
         setattr(dspark_worker_v2, name, part)

@@ -95,7 +95,7 @@ class CpuProposer(PolicyProposer):
 
     def propose(self, **kwargs: Any) -> DraftProposal:
         """Draft one block for each request of the batch (SGLang's keyword arguments)."""
-        if not self.policy.drafts:
+        if not self.plan.drafts:
             return super().propose(**kwargs)
         bs, sampling_info, target_model = kwargs["bs"], kwargs["sampling_info"], kwargs["target_model"]
         forward = self._run_forward(

@@ -8,6 +8,7 @@ import torch
 
 from dspark_serving.drafters import DrafterSpec
 from dspark_serving.errors import EnvironmentMismatchError
+from dspark_serving.sglang_adapter.cpu.commit import LateCommit
 
 
 def register_backend() -> None:
@@ -25,8 +26,8 @@ def register_backend() -> None:
         add_draft_attention_backend_choices(["torch_native"])
 
 
-def prepare_worker(worker: Any, spec: DrafterSpec) -> None:
-    """Give the worker's proposer its chain and keep its draft layers off CUDA-only kernels.
+def prepare_worker(worker: Any, spec: DrafterSpec) -> LateCommit:
+    """Give the worker's proposer its chain, its executor a late commit, and keep its draft layers off CUDA-only kernels.
 
     Raises:
         EnvironmentMismatchError: the target's head is split over several ranks.
@@ -43,6 +44,9 @@ def prepare_worker(worker: Any, spec: DrafterSpec) -> None:
     token_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
     head_VD = head.weight.data[: spec.vocab_size]
     worker._proposer.chain = DraftChain(head_VD, worker.draft_model.markov_head, spec.vocab_size, token_ids)
+    late = LateCommit(worker._kv_injector, worker.verify_num_draft_tokens)
+    worker._verify_executor.commit_hidden = late.commit_hidden
+    return late
 
 
 class _HostTensor(torch.Tensor):

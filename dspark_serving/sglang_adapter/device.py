@@ -1,0 +1,44 @@
+"""Admission where the confidences are: on the accelerator, without a word to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from dspark_kernels.admission import AdmissionBuffers, AdmissionInputs, admit_and_pack
+
+from dspark_serving.scheduler.round import Plan
+
+
+class DeviceAdmission:
+    """Fixed buffers for the admission kernel: what it reads is written in place before each launch.
+
+    Args:
+        requests: most requests of a batch.
+        temperatures_G: calibration of the confidences; what is learned online stays on the host, in the plan.
+    """
+
+    def __init__(self, requests: int, temperatures_G: Sequence[float], device: torch.device | str) -> None:
+        gamma = len(temperatures_G)
+        self._buffers = AdmissionBuffers(requests, gamma, device)
+        self._inputs = AdmissionInputs(
+            torch.ones(requests, gamma, dtype=torch.float32, device=device),
+            torch.tensor(temperatures_G, dtype=torch.float32, device=device),
+            torch.ones(requests, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+        )
+
+    def __call__(self, confidence_RG: torch.Tensor, plan: Plan, weight_R: np.ndarray) -> torch.Tensor:
+        """Verify lengths [R] int32 on the device; valid until the next call."""
+        requests = len(confidence_RG)
+        confidence, _, weight, price, capacity, live = self._inputs
+        confidence[:requests].copy_(confidence_RG)
+        weight[:requests].copy_(torch.from_numpy(weight_R), non_blocking=True)
+        price.fill_(plan.price)
+        capacity.fill_(min(plan.capacity, confidence.numel()))
+        live.fill_(requests)
+        admit_and_pack(self._inputs, self._buffers)
+        return self._buffers.verify_lens_R[:requests]

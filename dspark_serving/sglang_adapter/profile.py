@@ -1,0 +1,162 @@
+"""Measures the rounds of this very server before it takes requests: the samples that the cost model starts from.
+
+The rounds are real ones of the worker (draft, verify, accept, commit) over synthetic requests; nothing is committed, so a
+round can be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from typing import Any
+
+import numpy as np
+from sglang.srt.managers.overlap_utils import resolve_forward_inputs
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils import get_device_module
+
+from dspark_serving.scheduler.baselines import FullPolicy, OffPolicy
+from dspark_serving.scheduler.cost import CostSample
+from dspark_serving.scheduler.round import Batch, Plan
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 15.0
+"""Bound of the whole profile."""
+
+_REPEATS = 2
+_SHORT, _LONG = 24, 256  # tokens of the synthetic prompts
+_SEED = 7
+
+
+class _FixedPolicy(FullPolicy):
+    """Verify the same number of tokens of every request, whatever the drafter says of them."""
+
+    name = "fixed"
+
+    def __init__(self, verify_len: int) -> None:
+        self._verify_len = verify_len
+
+    def plan(self, batch: Batch) -> Plan:
+        """Draft; a capacity below the whole window keeps SGLang from its shortcut for full verification."""
+        return super().plan(batch)._replace(capacity=batch.requests * (self._verify_len - 1))
+
+    def admit(self, batch: Batch, plan: Plan, confidence_RG: np.ndarray) -> np.ndarray:
+        """The same for all."""
+        return np.full(batch.requests, self._verify_len, dtype=np.int32)
+
+
+def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSample]:
+    """Time rounds over a grid of batch sizes, verify lengths and contexts.
+
+    Args:
+        scheduler: SGLang's scheduler, completely constructed, with our worker.
+        seconds: stop after that long; the ends of the grid come first, so what is left out lies between them.
+    """
+    worker = scheduler.draft_worker
+    before, started = worker.policy, time.monotonic()
+    samples: list[CostSample] = []
+    try:
+        for requests, prompt in _groups(scheduler):
+            samples += _profile_group(scheduler, requests, prompt, started + seconds)
+            if worker.any_rank_past(started + seconds):
+                break
+    finally:
+        worker.use(before)
+        worker.forget_rounds()
+    sizes = sorted({s.requests for s in samples})
+    logger.info("measured %d rounds of %s requests in %.1f s", len(samples), sizes, time.monotonic() - started)
+    return samples
+
+
+def _groups(scheduler: Any) -> list[tuple[int, int]]:
+    """(requests, prompt tokens): batch sizes from the ends inwards, one of them with a long context too."""
+    room = scheduler.max_total_num_tokens // 2
+    width = 2 * scheduler.draft_worker.verify_num_draft_tokens
+    most = max(1, min(scheduler.max_running_requests, room // (_SHORT + width)))
+    sizes = [size for size in (1, most, 4, most // 2, 8, 2, most // 4) if 1 <= size <= most]
+    groups = [(size, _SHORT) for size in dict.fromkeys(sizes)]
+    if room >= 4 * (_LONG + width):
+        groups.insert(3, (4, _LONG))
+    return groups
+
+
+def _profile_group(scheduler: Any, requests: int, prompt: int, deadline: float) -> list[CostSample]:
+    reqs = _synthetic_requests(scheduler, requests, prompt)
+    try:
+        return _time_rounds(scheduler, _prefill(scheduler, reqs), deadline)
+    finally:
+        for req in reqs:
+            release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+
+
+def _synthetic_requests(scheduler: Any, requests: int, prompt: int) -> list[Req]:
+    rng = np.random.default_rng(_SEED + prompt)
+    reqs = []
+    for i in range(requests):
+        params = SamplingParams(temperature=0.0, max_new_tokens=prompt)
+        params.normalize(scheduler.tokenizer)
+        ids = array("q", rng.integers(0, scheduler.model_config.vocab_size, size=prompt).tolist())
+        req = Req(rid=f"dspark-profile-{i}", origin_input_text="", origin_input_ids=ids, sampling_params=params)
+        req.init_next_round_input(scheduler.tree_cache)
+        req.lock = scheduler.tree_cache.lock(req.last_node)
+        req.extend_end = len(req.full_untruncated_fill_ids)
+        reqs.append(req)
+    return reqs
+
+
+def _prefill(scheduler: Any, reqs: list[Req]) -> ScheduleBatch:
+    batch = ScheduleBatch.init_new(
+        reqs,
+        scheduler.req_to_token_pool,
+        scheduler.token_to_kv_pool_allocator,
+        scheduler.tree_cache,
+        scheduler.model_config,
+        False,
+        scheduler.spec_algorithm,
+    )
+    batch.prepare_for_extend()
+    batch.forward_iter = 0
+    resolve_forward_inputs(batch, scheduler.future_map)
+    with scheduler._forward_isolation(batch, overlap=False):
+        result = scheduler.draft_worker.forward_batch_generation(batch)
+    batch.spec_info = result.next_draft_input
+    for req in reqs:
+        req.output_ids.append(0)
+    return batch
+
+
+def _time_rounds(scheduler: Any, batch: ScheduleBatch, deadline: float) -> list[CostSample]:
+    """Plain rounds, full verification and half of it, each once to warm up and then timed."""
+    worker = scheduler.draft_worker
+    requests, block = len(batch.reqs), worker.verify_num_draft_tokens
+    context = int(sum(len(req.origin_input_ids) for req in batch.reqs))
+    samples = []
+    for verify_len in (1, block, (block + 1) // 2 + 1):
+        drafted = verify_len > 1
+        worker.use(_FixedPolicy(verify_len) if drafted else OffPolicy())
+        for repeat in range(1 + _REPEATS):
+            started = time.perf_counter()
+            _round(scheduler, batch)
+            taken = time.perf_counter() - started
+            draft_seconds = worker.draft_seconds if drafted else 0.0
+            if repeat:
+                samples.append(
+                    CostSample(requests, requests * verify_len, context, draft_seconds, taken, drafted)
+                )
+        if worker.any_rank_past(deadline):
+            break
+    return samples
+
+
+def _round(scheduler: Any, batch: ScheduleBatch) -> None:
+    """One round that leaves the batch as it was."""
+    batch.prepare_for_decode()
+    batch.forward_iter = 0
+    resolve_forward_inputs(batch, scheduler.future_map)
+    with scheduler._forward_isolation(batch, overlap=False):
+        scheduler.draft_worker.forward_batch_generation(batch)
+    get_device_module().synchronize()

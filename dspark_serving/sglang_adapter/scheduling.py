@@ -1,0 +1,149 @@
+"""Brings the scheduler to life in SGLang: profile or cached costs, calibration, the policy, and switching it later."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.dspark_components.dspark_planner import ragged_capture_num_tokens
+
+from dspark_serving import __version__
+from dspark_serving.assets.store import cache_root
+from dspark_serving.config import POLICIES, PolicyName, ServingConfig
+from dspark_serving.errors import DataError
+from dspark_serving.recording import FlightRecorder
+from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
+from dspark_serving.scheduler.catalog import PolicyParts, make_policy
+from dspark_serving.scheduler.cost import CostModel
+from dspark_serving.scheduler.cost_table import CostKey, load_cost, save_cost
+from dspark_serving.scheduler.round import Policy
+from dspark_serving.sglang_adapter import options, resolution
+from dspark_serving.sglang_adapter.profile import profile_engine
+from dspark_serving.sglang_adapter.routes import DUMP_KEY, POLICY_KEY, THRESHOLD_KEY
+
+logger = logging.getLogger(__name__)
+
+
+def start(scheduler: Any) -> None:
+    """Measure the engine (or read what was measured before) and put the configured policy in force."""
+    worker, server_args = scheduler.draft_worker, scheduler.server_args
+    config = options.config_of(server_args)
+    drafter = resolution.local_directory(server_args.speculative_draft_model_path, "drafter")
+    if not worker.carries_confidence:
+        logger.warning("%s has no confidence head: every drafted token is verified", drafter)
+        return
+    parts = PolicyParts(
+        gamma=worker.gamma,
+        slots=int(scheduler.req_to_token_pool.req_generation.shape[0]),
+        cost=_costs(scheduler, config, _cost_key(scheduler, drafter)),
+        calibration=_calibration(config, drafter, worker.gamma),
+        threshold=config.threshold,
+        speed_floor=config.speed_floor,
+    )
+    recorder = None if config.recording is None else FlightRecorder(config.recording)
+    worker.start_scheduling(parts, recorder)
+    worker.use(policy_of(config.policy, parts))
+
+
+def policy_of(name: PolicyName, parts: PolicyParts) -> Policy:
+    """A policy without memory of earlier rounds: one of the scheduler's own, or SGLang's."""
+    if name == "native":
+        from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
+
+        return NativeBudgetPolicy(parts.gamma, parts.slots, parts.cost)
+    return make_policy(name, parts)
+
+
+def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
+    """What routes.py asks of the scheduler process, in SGLang's form."""
+
+    def check_policy(key: str, value: Any) -> None:
+        if value not in range(len(POLICIES)):
+            raise UpdateRejected(f"{key} is {value}; expected a number below {len(POLICIES)}, of {POLICIES}.")
+        if worker.parts is None:
+            raise UpdateRejected("the drafter has no confidence head, so nothing but full verification is possible.")
+
+    def set_policy(key: str, value: Any) -> None:
+        worker.use(policy_of(POLICIES[value], worker.parts))
+        logger.info("policy %s from now on", POLICIES[value])
+
+    def check_threshold(key: str, value: Any) -> None:
+        check_policy(key, 0)
+        if not 0.0 <= value <= 1.0:
+            raise UpdateRejected(f"{key} is {value}; expected a number from 0 to 1.")
+
+    def set_threshold(key: str, value: Any) -> None:
+        worker.parts = worker.parts._replace(threshold=float(value))
+
+    def check_dump(key: str, value: Any) -> None:
+        if worker.recorder is None:
+            raise UpdateRejected("nothing is recorded; expected a server with --dspark-recording DIRECTORY.")
+
+    def dump(key: str, value: Any) -> None:
+        logger.info("recording written to %s", worker.recorder.dump())
+
+    return {
+        POLICY_KEY: _UpdateHandler(check_policy, set_policy),
+        THRESHOLD_KEY: _UpdateHandler(check_threshold, set_threshold),
+        DUMP_KEY: _UpdateHandler(check_dump, dump),
+    }
+
+
+def _costs(scheduler: Any, config: ServingConfig, key: CostKey) -> CostModel:
+    """Costs of this engine: from the cache, else measured now; unknown when measuring is switched off."""
+    directory = cache_root() / "cost"
+    try:
+        cost = load_cost(directory, key)
+    except DataError as error:
+        logger.warning("%s Measuring again.", error)
+        cost = None
+    if cost is not None:
+        logger.info("step times from %s", directory / key.file_name)
+        return cost
+    if config.profile_seconds == 0:
+        return CostModel.unknown()
+    logger.info("measuring rounds for at most %.0f s", config.profile_seconds)
+    samples = profile_engine(scheduler, seconds=config.profile_seconds)
+    cost = CostModel.fit(samples, ragged_capture_num_tokens(model_runner=scheduler.draft_worker.model_runner))
+    if get_parallel().tp_rank == 0:
+        logger.info("step times kept in %s", save_cost(directory, key, cost))
+    return cost
+
+
+def _cost_key(scheduler: Any, drafter: Path) -> CostKey:
+    import sglang
+
+    server_args, worker = scheduler.server_args, scheduler.draft_worker
+    device = torch.device(worker.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+    return CostKey(
+        device=name,
+        model=_identity(resolution.local_directory(server_args.model_path, "target model")),
+        drafter=_identity(drafter),
+        dtype=str(worker.model_runner.dtype).removeprefix("torch."),
+        tp_size=get_parallel().tp_size,
+        attention_backend=str(server_args.attention_backend),
+        threads=torch.get_num_threads(),
+        gamma=worker.gamma,
+        sglang=sglang.__version__,
+        plugin=__version__,
+    )
+
+
+def _identity(checkpoint: Path) -> str:
+    """Path, and size and time of the weights: enough to notice another checkpoint in the same place."""
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    stats = [path.stat() for path in weights]
+    return f"{checkpoint.resolve()}:{sum(s.st_size for s in stats)}:{max((s.st_mtime_ns for s in stats), default=0)}"
+
+
+def _calibration(config: ServingConfig, drafter: Path, gamma: int) -> Calibration:
+    path = config.calibration if config.calibration is not None else drafter / FILE_NAME
+    if config.calibration is None and not path.is_file():
+        return Calibration.identity(gamma)
+    logger.info("calibration from %s", path)
+    return Calibration.load(path, gamma)
