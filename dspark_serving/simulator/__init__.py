@@ -1,0 +1,1 @@
+"""Plays workloads of known truth against the very policies that serve."""
