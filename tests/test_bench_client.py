@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dspark_serving.bench.client import LoadClient
+from dspark_serving.bench.client import LoadClient, read_answers
 from dspark_serving.bench.workload import Dataset, Load, Shape, client_arguments
 from dspark_serving.cli import bench as cli_bench
 from dspark_serving.cli.main import app
@@ -74,6 +74,19 @@ def test_same_client_runs_again_and_survives_a_failed_run(
         client.run(arguments(server, prompts, client))
     server.refuse = None
     assert len(client.run(arguments(server, prompts, client)).samples) == 5
+
+
+@pytest.mark.parametrize(
+    ("ttfts", "errors", "complaint"),
+    [
+        ([0.1, 0.0], ["", ""], "has no text"),
+        ([0.1, 0.1], ["", "x\nTimeoutError: late"], "1 of 2 .* TimeoutError: late"),
+    ],
+)
+def test_answers_without_times_are_no_figures(ttfts: list[float], errors: list[str], complaint: str) -> None:
+    result = {"generated_texts": ["a", ""], "output_lens": [1, 1], "ttfts": ttfts, "itls": [[], []], "errors": errors}
+    with pytest.raises(EnvironmentMismatchError, match=complaint):
+        read_answers(result | {"duration": 1.0})
 
 
 def test_dspark_bench_from_command_to_verdict(

@@ -167,14 +167,36 @@ def test_verdict_of_a_winner_names_no_lost_point() -> None:
     _, said = judged(gains(off=1.0, static=1.5, scheduler=1.8))
     assert "scheduler against the best of off, static: 1.20-1.20" in said
     assert "Nowhere below 0.97" in said
-    assert "- off: 1.80-1.80 over 1 points; at x1: 1.80-1.80" in said
+    assert "- off: 1.80-1.80 over 1 points (geometric mean 1.80); at x1: 1.80-1.80" in said
 
 
-@pytest.mark.parametrize(("gain", "complaint"), [(0.9, "Below 0.97 at 1 of 1 points"), (0.98, "surely behind")])
+@pytest.mark.parametrize(
+    ("gain", "complaint"),
+    [(0.9, "Below 0.97 at 1 of 1 points (1 with the whole 95 % interval)"), (0.98, "surely behind")],
+)
 def test_verdict_names_where_the_candidate_loses(gain: float, complaint: str) -> None:
     _, said = judged(gains(off=0.5, static=1.0, scheduler=gain))
     assert complaint in said
     assert re.search(rf"- gsm8k T=0 x1: {gain:.2f} \({gain:.2f}-{gain:.2f}\) against static", said)
+
+
+def test_verdict_lists_lost_points_worst_first_and_sums_up_each_rival() -> None:
+    loads = tuple(Load(concurrency=c) for c in (1, 2, 32))
+    settings = settings_of(*ARMS, loads=loads)
+    speeds = {1: (1.0, 1.6, 1.6), 2: (1.0, 1.2, 1.08), 32: (1.0, 0.7, 0.8)}  # off, static, scheduler
+    runs = [
+        one_by_one(arm.name, [2.0 / speed], point=POINT._replace(load=Load(concurrency=load)))
+        for load, by_arm in speeds.items()
+        for arm, speed in zip(ARMS, by_arm, strict=True)
+    ]
+    said = verdict(compare("scheduler", ("off", "static"), by_point(settings, runs)))
+    assert "best of off, static: 0.80-1.00** (median 0.90, 3 points). Below 0.97 at 2 of 3 points" in said
+    assert re.findall(r"- gsm8k T=0 (x\d+): ([\d.]+) .* against (\w+)", said) == [
+        ("x32", "0.80", "off"),
+        ("x2", "0.90", "static"),
+    ]
+    mean = (1.0 * 0.9 * 0.8 / 0.7) ** (1 / 3)
+    assert f"- static: 0.90-1.14 over 3 points (geometric mean {mean:.2f}); at x32: 1.14-1.14" in said
 
 
 def test_result_is_written_beside_its_table_and_plot_and_says_what_is_missing(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def read_answers(result: dict[str, Any]) -> Answers:
     """The requests of one line of the client's output (with --output-details).
 
     Raises:
-        EnvironmentMismatchError: a request failed; its error is named.
+        EnvironmentMismatchError: a request failed (its error is named) or was answered without text.
     """
     columns = [result[name] for name in ("generated_texts", "output_lens", "ttfts", "itls", "errors")]
     rows = list(zip(*columns, strict=True))
@@ -126,6 +126,12 @@ def read_answers(result: dict[str, Any]) -> Answers:
             f"{len(failures)} of {len(rows)} requests failed: {said}",
             expected="all to be answered",
             fix="See the server's log.",
+        )
+    if not all(ttft > 0 for _, _, ttft, *_ in rows):
+        raise EnvironmentMismatchError(
+            "an answer has no text, so the client measured no time for it",
+            expected="text in every answer",
+            fix="Let answers go on after the end-of-text token, or use other prompts.",
         )
     samples = tuple(Sample(text, tokens, ttft, tuple(gaps)) for text, tokens, ttft, gaps, _ in rows)
     return Answers(float(result["duration"]), samples)

@@ -73,10 +73,11 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     rivals = list(dict.fromkeys(rival for comparison in comparisons for rival in comparison.ratios))
     ratios = [comparison.ratio.value for comparison in comparisons]
     lost = [comparison for comparison in comparisons if comparison.ratio.value < FLOOR]
+    surely = sum(comparison.ratio.high < FLOOR for comparison in lost)
+    count = f"Below {FLOOR} at {len(lost)} of {len(ratios)} points ({surely} with the whole 95 % interval):"
     lines = [
         f"**{comparisons[0].candidate} against the best of {', '.join(rivals)}: {_range(ratios)}** "
-        f"(median {np.median(ratios):.2f}, {len(ratios)} points). "
-        + (f"Below {FLOOR} at {len(lost)} of {len(ratios)} points:" if lost else f"Nowhere below {FLOOR}."),
+        f"(median {np.median(ratios):.2f}, {len(ratios)} points). " + (count if lost else f"Nowhere below {FLOOR}."),
         *_listed(lost),
     ]
     behind = [c for c in comparisons if c.ratio.high < 1 and c not in lost]
@@ -98,9 +99,11 @@ def _against(rival: str, comparisons: Sequence[Comparison]) -> str:
     here = [comparison for comparison in comparisons if rival in comparison.ratios]
     top = max(_pressure(comparison.point) for comparison in here)
     highest = [c for c in here if _pressure(c.point) == top]
-    everywhere = _range([c.ratios[rival].value for c in here])
+    values = [c.ratios[rival].value for c in here]
+    mean = np.exp(np.mean(np.log(values)))
     under_load = _range([c.ratios[rival].value for c in highest])
-    return f"- {rival}: {everywhere} over {len(here)} points; at {highest[0].point.load}: {under_load}"
+    everywhere = f"{_range(values)} over {len(here)} points (geometric mean {mean:.2f})"
+    return f"- {rival}: {everywhere}; at {highest[0].point.load}: {under_load}"
 
 
 def _pressure(point: Point) -> float:
