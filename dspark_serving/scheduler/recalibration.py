@@ -80,11 +80,8 @@ class OnlineCalibration:
         values_6RG[3] = label_RG * (predicted_RG * (1 - predicted_RG))
         values_6RG[4] = values_6RG[3] * z_RG
         values_6RG[5] = values_6RG[4] * z_RG
-        sums_6BG = np.zeros((6, *self._shift_BG.shape))
-        for band in range(len(BANDS)):
-            in_band_R = band_R == band
-            if in_band_R.any():
-                sums_6BG[:, band] = values_6RG[:, in_band_R].sum(axis=1)
+        member_BR = np.equal.outer(np.arange(len(BANDS)), band_R).astype(np.float64)
+        sums_6BG = np.einsum("br,vrg->vbg", member_BR, values_6RG)
         self._learn(sums_6BG)
         self._look_for_drift(labels_BG=sums_6BG[0], residual_BG=sums_6BG[1], information_BG=sums_6BG[3])
         counts_2G = sums_6BG[:2].sum(axis=1)
@@ -118,10 +115,10 @@ class OnlineCalibration:
         self._cross_BG = b = cross_BG + information[1]
         self._slope_precision_BG = c = slope_known_BG + forgotten_BG * SLOPE_PRECISION + information[2]
         determinant_BG = a * c - b * b  # > 0: the prior is positive definite, and information never negative
-        shift_BG = (c * gradient_BG - b * slope_gradient_BG) / determinant_BG
         slope_BG = (a * slope_gradient_BG - b * gradient_BG) / determinant_BG
-        self._shift_BG = np.minimum(np.maximum(shift_BG, -SHIFT_LIMIT), SHIFT_LIMIT)
         self._slope_BG = np.minimum(np.maximum(slope_BG, -SLOPE_LIMIT), SLOPE_LIMIT)
+        shift_BG = (gradient_BG - b * self._slope_BG) / a  # the best one with this slope
+        self._shift_BG = np.minimum(np.maximum(shift_BG, -SHIFT_LIMIT), SHIFT_LIMIT)
 
     def _look_for_drift(self, *, labels_BG: np.ndarray, residual_BG: np.ndarray, information_BG: np.ndarray) -> None:
         """CUSUM of the log-likelihood ratio of probabilities tilted by +-TILT logits, to second order."""
