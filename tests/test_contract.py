@@ -9,10 +9,11 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 from dspark_serving.errors import EnvironmentMismatchError
 from dspark_serving.sglang_adapter import hooks
+from dspark_serving.sglang_adapter.bases import BASES, Base
 
 
-@pytest.mark.parametrize("seam", [*hooks.HOOKS, *hooks.BASES], ids=lambda seam: seam.symbol)
-def test_signature_is_unchanged(seam: hooks.Seam | hooks.Base) -> None:
+@pytest.mark.parametrize("seam", [*hooks.HOOKS, *BASES], ids=lambda seam: seam.symbol)
+def test_signature_is_unchanged(seam: hooks.Seam | Base) -> None:
     hooks.check_signature(seam.symbol, seam.signature)
 
 
@@ -30,7 +31,7 @@ def test_a_vanished_symbol_is_named() -> None:
 def test_every_symbol_is_hooked_once_and_says_why() -> None:
     symbols = [hook.symbol for hook in hooks.HOOKS]
     assert len(symbols) == len(set(symbols))
-    assert all(seam.why for seam in (*hooks.HOOKS, *hooks.BASES))
+    assert all(seam.why for seam in (*hooks.HOOKS, *BASES))
 
 
 def test_handlers_take_what_their_hook_passes() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from dspark_serving.scheduler.round import Plan
 from dspark_serving.sglang_adapter.plan_sync import PlanSync
@@ -26,7 +26,7 @@ def _rank(rank: int, store: str, output: str) -> None:
 
 
 def test_every_rank_follows_the_first(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     for rank in range(2):
         plans, flags = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [Plan(*plan) for plan in plans] == [DECIDED] * 3

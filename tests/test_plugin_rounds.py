@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 
 from dspark_serving.scheduler.baselines import FullPolicy
 from dspark_serving.scheduler.round import Batch
-from dspark_serving.sglang_adapter import rounds
 from dspark_serving.sglang_adapter.rounds import BatchReader, RoundLog
 
 
@@ -73,7 +73,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(rounds.time, "perf_counter", found)
+    monkeypatch.setattr(time, "perf_counter", found)
     return found
 
 
@@ -98,7 +98,8 @@ def test_a_steady_round_lasts_from_result_to_result(clock: Clock) -> None:
     launch(log, clock)
     clock.now += 0.1
     second = log.complete([2, 3])
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     assert (first.steady, second.steady) == (False, True)
     assert second.seconds == pytest.approx(0.105)
     assert second.accepted_R.tolist() == [2, 3]
@@ -117,7 +118,8 @@ def test_a_round_after_something_else_is_not_steady(clock: Clock, disturbance: s
     launch(log, clock)
     clock.now += 0.1
     found = log.complete([1, 0])
-    assert found is not None and not found.steady
+    assert found is not None
+    assert not found.steady
     assert found.seconds == pytest.approx(0.1)
 
 
@@ -136,5 +138,6 @@ def test_overlapped_rounds_are_matched_in_order(clock: Clock) -> None:
     launch(log, clock, requests=1)
     launch(log, clock, requests=2)
     first, second = log.complete([1]), log.complete([2, 2])
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     assert (first.batch.requests, second.batch.requests) == (1, 2)

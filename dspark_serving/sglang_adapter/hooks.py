@@ -13,6 +13,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from dspark_serving.config import load_config
 from dspark_serving.errors import EnvironmentMismatchError
 from dspark_serving.sglang_adapter import handlers
+from dspark_serving.sglang_adapter.bases import BASES
 from dspark_serving.sglang_adapter.cpu import enable
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
 
@@ -27,14 +28,6 @@ class Seam(NamedTuple):
     """Names of its parameters when this release was built; a change means that the handler must be read again."""
     why: str
     cpu_only: bool = False
-
-
-class Base(NamedTuple):
-    """One symbol of SGLang that a class of ours overrides or calls."""
-
-    symbol: str
-    signature: str
-    why: str
 
 
 _SPEC = "sglang.srt.speculative"
@@ -113,59 +106,6 @@ HOOKS = (
         "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", HookType.AROUND,
         handlers.compute_lm_head, "self, hidden_states, lm_head, embedding_bias, out", "the same for the head",
         cpu_only=True,
-    ),
-)  # fmt: skip
-
-BASES = (
-    Base(
-        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.__init__",
-        "self, server_args, gpu_id, nccl_port, target_worker, draft_worker_cls", "the worker that ours extends",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2._forward_decode",
-        "self, batch, on_publish, grammar_barrier, coordination_plan", "one round; timed, and fed on CPU",
-    ),
-    Base(
-        f"{_SPEC}.base_spec_worker.BaseSpecWorker.on_verify_complete_cpu",
-        "self, num_correct_drafts_per_req, batch_size", "accepted length, on the host",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner.resolve_verify_token_budget",
-        "self, draft_input, confidence, prefix_lens, req_pool_indices", "the planner that ours extends",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner._schedule_verify_lens",
-        "self, req_pool_indices, prefix_lens, device, confidence, budget", "verify lengths of a round",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_draft.DraftBlockProposer.propose",
-        "self, batch, draft_input, verify_window, bs, device, target_model, sampling_info, anchor_prepared",
-        "the draft pass that ours extends",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_draft.DraftBlockProposer._run_forward",
-        "self, batch, draft_input, verify_window, bs, device, embed_module, draft_sampler, sampling_info, "
-        "anchor_prepared", "the draft layers on CPU",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_draft.resolve_draft_params", "sampling_info, bs, device, out", "temperatures of a batch",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_compact",
-        "self, batch, layout, draft_block_ids, draft_tokens, bs, device, sampling_info, verify_window, inject_gate",
-        "timed",
-    ),
-    Base(
-        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_non_compact",
-        "self, batch, draft_input, verify_ids_2d, verify_window, sampling_info", "timed",
-    ),
-    Base(
-        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
-        "self, q, k, v, layer, forward_batch, save_kv_cache", "the attention backend that ours extends on CPU",
-    ),
-    Base(
-        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode",
-        "self, q, k, v, layer, forward_batch, save_kv_cache", "the attention backend that ours extends on CPU",
     ),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""SGLang's own planner behind our interface: its budget function, its table, its two-rounds-old confidences, its ranking.
+"""SGLang's own planner behind our interface: its budget function, table, two-rounds-old confidences and ranking.
 
 Only the table is ours to give: SGLang's profiler writes one offline, here it is read off a cost model.
 """

@@ -38,8 +38,8 @@ class PlanSync:
                 [plan.drafts, plan.price, plan.capacity, plan.expected_tokens, plan.expected_seconds],
                 dtype=torch.float64,
             )
-            text = plan.reason.encode()[:_REASONS]
-            reason[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+            label = plan.reason.encode()[:_REASONS]
+            reason[: len(label)] = torch.tensor(list(label), dtype=torch.uint8)
         message = torch.cat([numbers.view(torch.uint8), reason])
         dist.broadcast(message, src=self._source, group=self._group)
         drafts, price, capacity, tokens, seconds = message[: 5 * 8].view(torch.float64).tolist()

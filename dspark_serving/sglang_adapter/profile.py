@@ -1,7 +1,7 @@
 """Measures the rounds of this very server before it takes requests: the samples that the cost model starts from.
 
-The rounds are real ones of the worker (draft, verify, accept, commit) over synthetic requests; nothing is committed, so a
-round can be repeated.
+The rounds are real ones of the worker (draft, verify, accept, commit) over synthetic requests; the batch does not
+advance, so a round can be repeated.
 """
 
 from __future__ import annotations
@@ -144,9 +144,7 @@ def _time_rounds(scheduler: Any, batch: ScheduleBatch, deadline: float) -> list[
             taken = time.perf_counter() - started
             draft_seconds = worker.draft_seconds if drafted else 0.0
             if repeat:
-                samples.append(
-                    CostSample(requests, requests * verify_len, context, draft_seconds, taken, drafted)
-                )
+                samples.append(CostSample(requests, requests * verify_len, context, draft_seconds, taken, drafted))
         if worker.any_rank_past(deadline):
             break
     return samples

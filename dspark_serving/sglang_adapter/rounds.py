@@ -15,7 +15,9 @@ from dspark_serving.scheduler.round import Batch, Outcome, Plan
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = 8  # rounds between launch and result: one without overlap, two with it
-_IDLE_SHARE = 0.5  # a pause before a round longer than this share of it means that the server was idle or busy elsewhere
+_IDLE_SHARE = (
+    0.5  # a pause before a round longer than this share of it means that the server was idle or busy elsewhere
+)
 
 
 class _Wishes(NamedTuple):

@@ -28,7 +28,11 @@ class PolicyRequest(BaseModel):
 
 
 def router(state: Callable[[], Any]) -> APIRouter:
-    """The /dspark routes; `state` gives SGLang's global state of the HTTP process. Same access as SGLang's own update."""
+    """The /dspark routes, with the access rules of SGLang's own updates.
+
+    Args:
+        state: gives SGLang's global state of the HTTP process, which exists only once that runs.
+    """
     routes = APIRouter(prefix="/dspark")
 
     async def update(values: dict[str, int | float]) -> None:

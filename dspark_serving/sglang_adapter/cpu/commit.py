@@ -1,7 +1,7 @@
-"""The drafter's context on CPU, written late: many small commits become one large one, and only committed rows are written.
+"""The drafter's context on CPU, written late: one large commit for many small ones, and committed rows only.
 
-SGLang writes the features of every verified row at the end of every round. While nothing is drafted nobody reads them,
-so they are kept until the next draft pass, and a row that was not committed is not projected at all.
+SGLang projects the features of every verified row at the end of every round. While nothing is drafted nobody reads
+them, so they are kept until the next draft pass, and a row that was not committed is not projected at all.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LateCommit:
         run_compact: bool,
     ) -> None:
         """Keep the features of the committed rows (SGLang's keyword arguments)."""
-        hidden = hidden_strided if run_compact else logits_output.hidden_states
+        hidden = hidden_strided if hidden_strided is not None else logits_output.hidden_states
         kept_N = (self._offsets_S < commit_lens[:, None]).view(-1).nonzero().view(-1)
         self.commit_rows(
             batch, hidden[kept_N], verify_window.kv_loc_plan, kept_N, verify_window.positions_2d.view(-1)[kept_N]

@@ -27,7 +27,7 @@ def register_backend() -> None:
 
 
 def prepare_worker(worker: Any, spec: DrafterSpec) -> LateCommit:
-    """Give the worker's proposer its chain, its executor a late commit, and keep its draft layers off CUDA-only kernels.
+    """Give the worker its draft chain and a late commit, and keep its draft layers off CUDA-only kernels.
 
     Raises:
         EnvironmentMismatchError: the target's head is split over several ranks.

@@ -1,7 +1,7 @@
 """A round without drafts as the plain decoding step that it is.
 
-SGLang's worker would send one row a request through its verification path: logits and features scattered to a full block
-a request, and accepted by the rejection rule. On a GPU that is one more graph replay; on CPU it costs 10 % of a large batch.
+SGLang's worker would send one row a request through its verification path, with logits and features scattered to a full
+block a request. On a GPU that is one more graph replay; on CPU it shows in a large batch.
 """
 
 from __future__ import annotations
