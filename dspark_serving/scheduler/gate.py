@@ -159,8 +159,8 @@ class SlowRatio:
 
     @property
     def value(self) -> float:
-        """Within a factor of four: beyond that, something other than a bias is wrong."""
-        return min(max((self._strength + self._realised) / (self._strength + self._expected), 0.25), 4.0)
+        """At most 4, and never so small that nothing is worth a draft for ever."""
+        return min(max((self._strength + self._realised) / (self._strength + self._expected), 0.01), 4.0)
 
     def observe(self, realised: float, expected: float) -> None:
         """Add a round."""

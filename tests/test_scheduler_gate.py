@@ -1,0 +1,108 @@
+"""The gate by itself, told advantages by hand."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias
+
+
+def step(gate: DraftGate, advantage: float, requests: int = 64, context: int = 1000, newcomers: int = 0) -> str:
+    """One round whose outcome is known at once."""
+    verdict = "off" if gate.rests(requests, context, newcomers) else str(gate.decide(advantage, requests, context))
+    gate.observe(verdict in ("draft", "warm-up", "probe"))
+    return verdict
+
+
+def resting(requests: int = 64) -> DraftGate:
+    gate = DraftGate()
+    while step(gate, 0.5, requests) != "off":
+        pass
+    return gate
+
+
+def test_warms_up_for_as_many_rounds_as_a_judgement_needs() -> None:
+    for requests, rounds in ((1, 16), (16, 4), (64, 1), (256, 1)):
+        gate = DraftGate()
+        verdicts = [step(gate, 0.5, requests) for _ in range(rounds + 1)]
+        assert verdicts == ["warm-up"] * rounds + ["off"]
+
+
+def test_between_stop_and_start_it_stays_as_it_is() -> None:
+    drafting = DraftGate()
+    assert {step(drafting, 1.01) for _ in range(20)} == {"warm-up", "draft"}
+    # 1.01 is enough to go on but not to start again, even when a look is due or the load jumps.
+    gate = resting()
+    assert {step(gate, 1.01) for _ in range(60)} == {"off"}
+    assert step(gate, 1.01, requests=128) == "off"
+    assert step(gate, 1.10, requests=256) == "draft"
+
+
+def test_looks_more_rarely_each_time_and_never_gives_up() -> None:
+    gate = resting()
+    looks = [i for i in range(6000) if step(gate, 0.5) == "probe"]
+    gaps = [b - a for a, b in pairwise(looks)]
+    assert gaps[:4] == [129, 257, 513, 1025]  # one round goes to the verdict on the look before
+    assert set(gaps[4:]) == {1025}
+
+
+def test_newcomers_bring_the_next_look_forward() -> None:
+    gate = resting()
+    while step(gate, 0.5) != "probe":
+        pass
+    step(gate, 0.5)  # in vain: the next look would come after 128 rounds
+    verdicts = [step(gate, 0.5, newcomers=64) for _ in range(64)]
+    assert verdicts.index("probe") == 63
+
+
+def test_a_promising_look_goes_on_until_it_is_sure() -> None:
+    gate = resting(requests=8)
+    while step(gate, 1.5, requests=8) != "probe":
+        pass
+    verdicts = [step(gate, 1.5, requests=8) for _ in range(10)]
+    assert verdicts == ["probe"] * 7 + ["draft"] * 3
+
+
+def test_wrong_starts_by_prediction_ask_for_clearer_ones() -> None:
+    gate, started = resting(), []
+    for i in range(40):
+        requests = 64 if i % 2 else 128
+        if step(gate, 1.1, requests=requests) == "draft":
+            started.append(i)
+            while step(gate, 0.9, requests=requests) != "off":
+                pass
+    assert started[:3] == [0, 1, 2]  # asked for 2, 4 and 8 %
+    assert len(started) == 3  # 16 % from there on
+
+
+def test_a_look_whose_outcome_never_comes_is_given_up() -> None:
+    gate = resting()
+    while gate.rests(64, 1000, 0) or gate.decide(0.5, 64, 1000) != "probe":
+        pass
+    waits = 0
+    while gate.rests(64, 1000, 0):
+        waits += 1
+    assert waits < 100
+    assert gate.decide(0.5, 64, 1000) == "off"
+
+
+def test_slow_ratio_starts_at_one_and_forgets() -> None:
+    ratio = SlowRatio(strength=16.0, memory=100.0)
+    assert ratio.value == 1.0
+    for _ in range(100):
+        ratio.observe(5.0, 10.0)
+    assert ratio.value == pytest.approx(0.5, abs=0.08)
+    for _ in range(100):
+        ratio.observe(10.0, 10.0)
+    assert ratio.value == pytest.approx(1.0, abs=0.02)
+
+
+def test_one_hiccup_does_not_move_the_time_bias_far() -> None:
+    bias = TimeBias()
+    for _ in range(100):
+        bias.observe(1.2, 1.0)
+    assert bias.value == pytest.approx(1.2, rel=0.01)
+    bias.observe(100.0, 1.0)
+    assert bias.value < 1.25
