@@ -16,7 +16,18 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("assets",), ("assets", "smollm2"), ("demo",), ("inspect",), ("train",), ("train-demo",)]
+    "command",
+    [
+        (),
+        ("assets",),
+        ("assets", "smollm2"),
+        ("calibrate",),
+        ("replay",),
+        ("demo",),
+        ("inspect",),
+        ("train",),
+        ("train-demo",),
+    ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     code, out, _ = run(*command, "--help")

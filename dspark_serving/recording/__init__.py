@@ -2,13 +2,12 @@
 
 from dspark_serving.recording.file import Recording, read_recording, write_recording
 from dspark_serving.recording.recorder import FlightRecorder, RecordedPolicy
-from dspark_serving.recording.replay import as_recorded, replay, what_if
+from dspark_serving.recording.replay import replay, what_if
 
 __all__ = [
     "FlightRecorder",
     "RecordedPolicy",
     "Recording",
-    "as_recorded",
     "read_recording",
     "replay",
     "what_if",

@@ -16,6 +16,7 @@ from dspark_serving.scheduler.catalog import PolicyParts, make_policy
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Batch, Outcome, Plan, Policy
+from dspark_serving.scheduler.survival import calibrated
 
 
 class Difference(NamedTuple):
@@ -73,37 +74,42 @@ def replay(recording: Recording, policy: Policy | None = None, parts: PolicyPart
     return ReplayReport(len(recording.rounds), len(plans), admissions, None)
 
 
-class WhatIf(NamedTuple):
-    """What another policy would have done in the recorded rounds.
+class Tally(NamedTuple):
+    """What a policy's decisions come to.
 
     A draft has a label only up to where it was verified; what lies beyond is estimated by calibrated survival.
     """
 
-    rounds: int  # compared
-    unknown_rounds: int  # left out: the policy would have drafted where the server did not
-    verified: int  # drafted tokens
-    accepted: int  # drafted tokens known to be accepted
-    estimated: float  # drafted tokens beyond the recorded verification, accepted by estimate
-    bonus: int  # tokens of the target: one for each request and round
-    seconds: float  # predicted by the cost model; nan without cost data
+    rounds: int = 0
+    verified: int = 0  # drafted tokens
+    accepted: int = 0  # drafted tokens known to be accepted
+    estimated: float = 0.0  # drafted tokens beyond the recorded verification, accepted by estimate
+    bonus: int = 0  # tokens of the target: one for each request and round
+    seconds: float = 0.0  # predicted by the cost model; nan without cost data
 
     @property
     def tokens_per_second(self) -> float:
         """Committed tokens over predicted seconds."""
         return (self.accepted + self.estimated + self.bonus) / self.seconds if self.seconds > 0 else math.nan
 
+    def plus(self, outcome: Outcome, lens_R: np.ndarray, beyond: float, seconds: float) -> Tally:
+        """With a round more, in which `lens_R` were verified."""
+        return Tally(
+            self.rounds + 1,
+            self.verified + int((lens_R - 1).sum()),
+            self.accepted + int(np.minimum(outcome.accepted_R, lens_R - 1).sum()),
+            self.estimated + beyond,
+            self.bonus + outcome.batch.requests,
+            self.seconds + seconds,
+        )
 
-def as_recorded(recording: Recording) -> WhatIf:
-    """The recorded decisions in the same terms, with the seconds that the cost model predicts for them."""
-    cost, _ = _learned(recording)
-    rounds = [kept for kept in recording.rounds if kept.observed != NEVER]
-    lens = [kept.outcome.verify_lens_R for kept in rounds]
-    total = WhatIf(len(rounds), 0, 0, 0, 0.0, 0, 0.0)
-    for kept, lens_R in zip(rounds, lens, strict=True):
-        outcome = kept.outcome
-        drafted = outcome.confidence_RG is not None
-        total = _add(total, outcome, lens_R, 0.0, _seconds(cost, outcome.batch, lens_R, drafted=drafted))
-    return total
+
+class WhatIf(NamedTuple):
+    """The recorded decisions and another policy's, over the same rounds."""
+
+    recorded: Tally
+    other: Tally
+    unknown_rounds: int  # left out: the policy would have drafted where the server did not
 
 
 def what_if(recording: Recording, name: str, threshold: float | None = None) -> WhatIf:
@@ -118,45 +124,33 @@ def what_if(recording: Recording, name: str, threshold: float | None = None) -> 
     cost, calibration = _learned(recording)
     parts = recording.header.parts()._replace(cost=cost)
     policy = make_policy(name, parts if threshold is None else parts._replace(threshold=threshold))
-    total = WhatIf(0, 0, 0, 0, 0.0, 0, 0.0)
-    for kept in recording.rounds:
-        if kept.observed == NEVER:
-            continue
-        outcome = kept.outcome
-        plan = policy.plan(outcome.batch)
-        confidence_RG = outcome.confidence_RG
+    recorded, other, unknown_rounds = Tally(), Tally(), 0
+    for outcome in (kept.outcome for kept in recording.rounds if kept.observed != NEVER):
+        batch, confidence_RG = outcome.batch, outcome.confidence_RG
+        plan = policy.plan(batch)
         if plan.drafts and confidence_RG is None:
-            total = total._replace(unknown_rounds=total.unknown_rounds + 1)
+            unknown_rounds += 1
             continue
         lens_R, beyond = np.ones_like(outcome.verify_lens_R), 0.0
         if plan.drafts and confidence_RG is not None:
-            lens_R = policy.admit(outcome.batch, plan, confidence_RG)
-            usable_RG = np.where((confidence_RG >= 0) & (confidence_RG <= 1), confidence_RG, np.float32(1))
-            beyond = _beyond(outcome, lens_R, calibration.apply(usable_RG, outcome.batch.temperature_R))
-        seconds = _seconds(cost, outcome.batch, lens_R, drafted=plan.drafts)
-        total = _add(total, outcome, lens_R, beyond, seconds)
-        known_R = np.minimum(lens_R, outcome.verify_lens_R)
-        seen = outcome._replace(
-            plan=plan,
-            confidence_RG=confidence_RG if plan.drafts else None,
-            verify_lens_R=known_R,
-            accepted_R=np.minimum(outcome.accepted_R, known_R - 1),
-            seconds=seconds,
-            steady=False,
-        )
-        policy.observe(seen)
-    return total
+            lens_R = policy.admit(batch, plan, confidence_RG)
+            calibrated_RG, _ = calibrated(confidence_RG, batch.temperature_R, calibration.apply)
+            beyond = _beyond(outcome, lens_R, calibrated_RG)
+        was_seconds = _seconds(cost, batch, outcome.verify_lens_R, drafted=confidence_RG is not None)
+        recorded = recorded.plus(outcome, outcome.verify_lens_R, 0.0, was_seconds)
+        other = other.plus(outcome, lens_R, beyond, _seconds(cost, batch, lens_R, drafted=plan.drafts))
+        policy.observe(_as_far_as_known(outcome, plan, lens_R))
+    return WhatIf(recorded, other, unknown_rounds)
 
 
-def _add(total: WhatIf, outcome: Outcome, lens_R: np.ndarray, beyond: float, seconds: float) -> WhatIf:
-    return WhatIf(
-        total.rounds + 1,
-        total.unknown_rounds,
-        total.verified + int((lens_R - 1).sum()),
-        total.accepted + int(np.minimum(outcome.accepted_R, lens_R - 1).sum()),
-        total.estimated + beyond,
-        total.bonus + outcome.batch.requests,
-        total.seconds + seconds,
+def _as_far_as_known(outcome: Outcome, plan: Plan, lens_R: np.ndarray) -> Outcome:
+    known_R = np.minimum(lens_R, outcome.verify_lens_R)
+    return outcome._replace(
+        plan=plan,
+        confidence_RG=outcome.confidence_RG if plan.drafts else None,
+        verify_lens_R=known_R,
+        accepted_R=np.minimum(outcome.accepted_R, known_R - 1),
+        steady=False,
     )
 
 
