@@ -166,6 +166,8 @@ class Simulation:
         """Let finished requests go, and as many come as the world wants; whether any came."""
         wanted = int(self.world.requests(self.progress))
         self._slots_R = self._slots_R[self._done_S[self._slots_R] < self._output_S[self._slots_R]][:wanted]
+        if len(self._slots_R) == wanted:
+            return False
         free = np.setdiff1d(np.arange(self.world.slots), self._slots_R)[: wanted - len(self._slots_R)]
         for slot in free:
             text = Text(self.world, self._seed, self._next_text)

@@ -1,7 +1,7 @@
 """The suite: stationary loads, and worlds in which something moves.
 
-Two machines. `gpu`: a 4B target on a large accelerator, captured tiers, overlap. `cpu`: a 135M target on two cores (eager,
-every token costs). The figures are of a plausible order, not measured: policies must cope with either shape.
+Two machines. `gpu`: a 4B target on a large accelerator, captured tiers, overlap. `cpu`: a 135M target on two cores,
+eager, where every token costs. The figures are plausible, not measured: policies must cope with either shape.
 """
 
 from __future__ import annotations

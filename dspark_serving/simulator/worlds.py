@@ -1,4 +1,4 @@
-"""Synthetic truth: what rounds cost, what texts are like, what the confidence head says of them, and how all that moves.
+"""Synthetic truth: what rounds cost, what texts are like, what the confidence head says, and how all that moves.
 
 Time enters as progress, 0 at the start and 1 at the end of a simulation. Seconds, tokens and logits throughout.
 """
@@ -19,6 +19,9 @@ Moving = Callable[[float], float]
 def still(value: float) -> Moving:
     """No change."""
     return lambda progress: value
+
+
+NOTHING, UNCHANGED = still(0.0), still(1.0)
 
 
 def ramp(start: float, end: float) -> Moving:
@@ -95,12 +98,12 @@ class World:
     gamma: int = 7
     prompt: tuple[int, int] = (64, 256)  # fewest and most tokens
     output: tuple[int, int] = (128, 384)
-    rounds: int = 4000  # of plain decoding at the start: the length of the simulation
-    easier: Moving = still(0.0)  # added to every survival logit
-    busy: Moving = still(1.0)  # factor on the machine's computing
-    slower: Moving = still(1.0)  # factor on all times
-    confidence_scale: Moving = still(1.0)  # the head's logit is scale * truth + shift
-    confidence_shift: Moving = still(0.0)
+    rounds: int = 3000  # of plain decoding at the start: the length of the simulation
+    easier: Moving = NOTHING  # added to every survival logit
+    busy: Moving = UNCHANGED  # factor on the machine's computing
+    slower: Moving = UNCHANGED  # factor on all times
+    confidence_scale: Moving = UNCHANGED  # the head's logit is scale * truth + shift
+    confidence_shift: Moving = NOTHING
     noise: float = 0.03  # of measured times, log-normal
     outliers: float = 0.01  # share of rounds that take three times as long: other tenants, garbage collection
     lag: int = 0  # rounds by which results are late: 1 where the engine overlaps
