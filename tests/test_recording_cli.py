@@ -147,3 +147,13 @@ def test_rounds_without_drafts_cannot_answer_for_a_policy_that_drafts(files: Pat
     found = what_if(recording, "full")
     assert (found.other.rounds, found.unknown_rounds) == (0, 300)
     assert what_if(recording, "off").other.rounds == 300
+
+
+def test_a_policy_from_outside_the_catalog_is_compared_but_not_reproduced(files: Path, tmp_path: Path) -> None:
+    full = read_recording(files / "full.npz")
+    foreign = full._replace(header=full.header.model_copy(update={"policy": "native"}))
+    assert what_if(foreign, "full").other == what_if(full, "full").other
+    write_recording(tmp_path / "native.npz", foreign)
+    code, _, err = dspark("replay", tmp_path / "native.npz")
+    assert code == 2
+    assert "no policy 'native'" in err

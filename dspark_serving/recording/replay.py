@@ -12,7 +12,7 @@ from dspark_serving.errors import DataError
 from dspark_serving.recording.file import Recording
 from dspark_serving.recording.rounds import NEVER, Round
 from dspark_serving.recording.state import reinstate
-from dspark_serving.scheduler.catalog import PolicyParts, make_policy
+from dspark_serving.scheduler.catalog import POLICIES, PolicyParts, make_policy
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Batch, Outcome, Plan, Policy
@@ -172,11 +172,11 @@ def _seconds(cost: CostModel, batch: Batch, lens_R: np.ndarray, *, drafted: bool
 
 
 def _learned(recording: Recording) -> tuple[CostModel, OnlineCalibration]:
-    """What the server knew at the last snapshot."""
+    """What the server knew at the last snapshot; at its start if it ran a policy from outside the catalog."""
     parts = recording.header.parts()
     calibration = OnlineCalibration(parts.calibration)
-    policy = make_policy(recording.header.policy, parts, calibration)
-    if recording.snapshots:
+    if recording.snapshots and recording.header.policy in POLICIES:
+        policy = make_policy(recording.header.policy, parts, calibration)
         reinstate(recording.snapshots[-1].state, policy=policy, cost=parts.cost)
     return parts.cost, calibration
 
