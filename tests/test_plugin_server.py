@@ -1,19 +1,37 @@
-"""The plugin on a real server: a tiny random Qwen3 in fp32, whose greedy text must not depend on speculation."""
+"""The plugin on a real server: a tiny random Qwen3 in fp32, whose greedy text must not depend on speculation.
+
+One server serves all policies: they are switched while it runs, between requests and in the middle of them.
+"""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import pytest
 
+from dspark_serving.config import POLICIES
+from dspark_serving.recording import read_recording, replay
 from tests.server import Server, serve
 from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
 pytestmark = pytest.mark.real_server
 
 PROMPTS = [[5, 6, 7, 8], list(range(40, 110)), [200] * 9, [17, 300, 4, 99, 260, 31]]
+
+
+class Speculative(NamedTuple):
+    server: Server
+    recordings: Path
+
+    def use(self, policy: str, **more: float) -> httpx.Response:
+        body = {"policy": policy, **more}
+        return httpx.post(f"{self.server.base_url}/dspark/policy", json=body, timeout=60.0, trust_env=False)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +42,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "target", root / "drafter"
 
 
-def texts(server: Server, *, concurrency: int) -> list[list[int]]:
+def texts(server: Server, *, concurrency: int, copies: int = 1) -> list[list[int]]:
     with ThreadPoolExecutor(concurrency) as pool:
-        answers = pool.map(lambda prompt: server.generate(prompt, max_new_tokens=48), PROMPTS)
+        answers = pool.map(lambda prompt: server.generate(prompt, max_new_tokens=48), PROMPTS * copies)
     return [answer["output_ids"] for answer in answers]
 
 
@@ -35,36 +53,108 @@ def stock(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     log = tmp_path_factory.mktemp("stock") / "server.log"
     with serve(models[0], "--dspark-disable", drafter=models[1], log=log) as server:
         assert server.report() == {"active": False}
+        assert httpx.post(f"{server.base_url}/dspark/policy", json={"policy": "off"}).status_code == 404
         return texts(server, concurrency=1)
 
 
-@pytest.fixture(
-    scope="module", params=[("full",), ("threshold", "--dspark-threshold", "0.2"), ("off",)], ids=lambda p: p[0]
-)
-def speculative(
-    request: pytest.FixtureRequest, models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, Server]]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with serve(models[0], "--dspark-policy", *request.param, drafter=models[1], log=log) as server:
-        yield request.param[0], server
+@pytest.fixture(scope="module")
+def speculative(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Speculative]:
+    root = tmp_path_factory.mktemp("server")
+    options = ["--dspark-recording", str(root / "recordings"), "--enable-metrics"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSPARK_CACHE", str(root / "cache"))  # where step times are kept
+        with serve(models[0], *options, drafter=models[1], log=root / "server.log") as server:
+            yield Speculative(server, root / "recordings")
 
 
+def test_measures_its_rounds_before_it_serves_and_schedules_by_default(speculative: Speculative) -> None:
+    log = speculative.server.log.read_text()
+    assert "is active and serves DSPARK" in log
+    assert "step times kept in" in log
+    speculative.server.generate(PROMPTS[0], max_new_tokens=128)
+    report = speculative.server.report()
+    assert (report["active"], report["policy"]) == (True, "adaptive")
+    # A random drafter is never right: it is tried, and then left aside.
+    assert report["plans"]["off"] > report["plans"]["warm-up"] > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_greedy_text_equals_stock(speculative: tuple[str, Server], stock: list[list[int]], concurrency: int) -> None:
-    assert texts(speculative[1], concurrency=concurrency) == stock
-
-
-def test_reports_that_it_is_active(speculative: tuple[str, Server]) -> None:
-    policy, server = speculative
-    server.generate(PROMPTS[0])
-    report = server.report()
-    assert (report["active"], report["policy"]) == (True, policy)
-    assert {"propose", "plan", "verify", "accept", "commit", "round"} <= set(report["phase_seconds"])
-    assert "is active and serves DSPARK" in server.log.read_text()
+def test_greedy_text_equals_stock(
+    speculative: Speculative, stock: list[list[int]], policy: str, concurrency: int
+) -> None:
+    assert speculative.use(policy, **({"threshold": 0.2} if policy == "threshold" else {})).status_code == 200
+    before = speculative.server.report()
+    assert texts(speculative.server, concurrency=concurrency) == stock
+    report = speculative.server.report()
+    assert report["policy"] == policy
+    rows = report["verified_tokens"] - before["verified_tokens"]
+    rounds = report["request_rounds"] - before["request_rounds"]
     if policy == "off":
-        assert report["accepted_length"] == 1.0
+        assert rows == rounds == report["output_tokens"] - before["output_tokens"]
+    if policy == "full":
+        assert rows > 3 * rounds
+        assert {"propose", "plan", "verify", "accept", "commit", "round"} <= set(report["phase_seconds"])
 
 
-def test_samples_with_temperature(speculative: tuple[str, Server]) -> None:
-    answer = speculative[1].generate(PROMPTS[1], temperature=1.0, top_p=0.9, top_k=20, max_new_tokens=24)
+def test_greedy_text_survives_switching_in_the_middle_of_requests(
+    speculative: Speculative, stock: list[list[int]]
+) -> None:
+    done = threading.Event()
+
+    def switch() -> None:
+        for policy in itertools.cycle(POLICIES):
+            if done.wait(0.05):
+                return
+            speculative.use(policy)
+
+    before = speculative.server.report()["plans"]
+    switcher = threading.Thread(target=switch)
+    switcher.start()
+    try:
+        assert texts(speculative.server, concurrency=4, copies=3) == stock * 3
+    finally:
+        done.set()
+        switcher.join()
+    plans = speculative.server.report()["plans"]
+    assert all(plans[name] > before.get(name, 0) for name in ("full", "off", "threshold", "native"))
+
+
+@pytest.mark.parametrize("body", [{"policy": "best"}, {"policy": "threshold", "threshold": 2}, {}])
+def test_an_unknown_policy_is_refused(speculative: Speculative, body: dict[str, object]) -> None:
+    url = f"{speculative.server.base_url}/dspark/policy"
+    assert httpx.post(url, json=body, timeout=60.0, trust_env=False).status_code in (400, 422)
+    assert len(speculative.server.generate(PROMPTS[0])["output_ids"]) == 32
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "full", "off"])
+def test_samples_with_temperature(speculative: Speculative, policy: str) -> None:
+    speculative.use(policy)
+    answer = speculative.server.generate(PROMPTS[1], temperature=1.0, top_p=0.9, top_k=20, max_new_tokens=24)
     assert len(answer["output_ids"]) == 24
+
+
+def test_an_impossible_floor_does_not_stop_the_server(speculative: Speculative, stock: list[list[int]]) -> None:
+    speculative.use("adaptive")
+    wish = {"dspark": {"min_tokens_per_second": 1e9, "weight": 3.0}}
+    answer = speculative.server.generate(PROMPTS[1], max_new_tokens=48, custom_params=wish)
+    assert answer["output_ids"] == stock[1]
+
+
+def test_metrics_show_plans_and_times(speculative: Speculative) -> None:
+    speculative.use("full")
+    speculative.server.generate(PROMPTS[0])
+    shown = httpx.get(f"{speculative.server.base_url}/metrics", timeout=60.0, trust_env=False).text
+    for name in ("dspark_plugin_active", "dspark_step_seconds", "dspark_rounds_total", "dspark_verified_tokens_total"):
+        assert name in shown
+
+
+def test_a_recording_of_the_server_replays_to_the_bit(speculative: Speculative) -> None:
+    speculative.use("adaptive")
+    texts(speculative.server, concurrency=4)
+    url = f"{speculative.server.base_url}/dspark/recording"
+    assert httpx.post(url, timeout=60.0, trust_env=False).status_code == 200
+    newest = max(speculative.recordings.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+    found = replay(read_recording(newest))
+    assert found.rounds > 50
+    assert found.difference is None

@@ -28,6 +28,30 @@ from dspark_serving.sglang_adapter.routes import DUMP_KEY, POLICY_KEY, THRESHOLD
 logger = logging.getLogger(__name__)
 
 
+class Repertoire:
+    """The policies of a server. Each keeps what it learned while another one is in force."""
+
+    def __init__(self, parts: PolicyParts) -> None:
+        self.parts = parts
+        self._made: dict[PolicyName, Policy] = {}
+
+    def get(self, name: PolicyName) -> Policy:
+        """One of the scheduler's own policies, or SGLang's."""
+        if name not in self._made:
+            self._made[name] = self._native() if name == "native" else make_policy(name, self.parts)
+        return self._made[name]
+
+    def set_threshold(self, threshold: float) -> None:
+        """For policy threshold, the next time it is put in force."""
+        self.parts = self.parts._replace(threshold=threshold)
+        self._made.pop("threshold", None)
+
+    def _native(self) -> Policy:
+        from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
+
+        return NativeBudgetPolicy(self.parts.gamma, self.parts.slots, self.parts.cost)
+
+
 def start(scheduler: Any) -> None:
     """Measure the engine (or read what was measured before) and put the configured policy in force."""
     worker, server_args = scheduler.draft_worker, scheduler.server_args
@@ -45,17 +69,8 @@ def start(scheduler: Any) -> None:
         speed_floor=config.speed_floor,
     )
     recorder = None if config.recording is None else FlightRecorder(config.recording)
-    worker.start_scheduling(parts, recorder)
-    worker.use(policy_of(config.policy, parts))
-
-
-def policy_of(name: PolicyName, parts: PolicyParts) -> Policy:
-    """A policy without memory of earlier rounds: one of the scheduler's own, or SGLang's."""
-    if name == "native":
-        from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
-
-        return NativeBudgetPolicy(parts.gamma, parts.slots, parts.cost)
-    return make_policy(name, parts)
+    worker.start_scheduling(Repertoire(parts), recorder)
+    worker.use(worker.repertoire.get(config.policy))
 
 
 def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
@@ -64,11 +79,11 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
     def check_policy(key: str, value: Any) -> None:
         if value not in range(len(POLICIES)):
             raise UpdateRejected(f"{key} is {value}; expected a number below {len(POLICIES)}, of {POLICIES}.")
-        if worker.parts is None:
+        if worker.repertoire is None:
             raise UpdateRejected("the drafter has no confidence head, so nothing but full verification is possible.")
 
     def set_policy(key: str, value: Any) -> None:
-        worker.use(policy_of(POLICIES[value], worker.parts))
+        worker.use(worker.repertoire.get(POLICIES[value]))
         logger.info("policy %s from now on", POLICIES[value])
 
     def check_threshold(key: str, value: Any) -> None:
@@ -77,7 +92,7 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
             raise UpdateRejected(f"{key} is {value}; expected a number from 0 to 1.")
 
     def set_threshold(key: str, value: Any) -> None:
-        worker.parts = worker.parts._replace(threshold=float(value))
+        worker.repertoire.set_threshold(float(value))
 
     def check_dump(key: str, value: Any) -> None:
         if worker.recorder is None:

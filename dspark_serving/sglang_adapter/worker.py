@@ -28,7 +28,7 @@ from dspark_serving.sglang_adapter.rounds import RoundLog
 
 if TYPE_CHECKING:
     from dspark_serving.recording import FlightRecorder
-    from dspark_serving.scheduler.catalog import PolicyParts
+    from dspark_serving.sglang_adapter.scheduling import Repertoire
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class DsparkServingWorker(DSparkWorkerV2):
         self.stats = RoundStats()
         self._rounds = RoundLog()
         self._late_commit: Any = None
-        self.parts: PolicyParts | None = None
+        self.repertoire: Repertoire | None = None
         self.recorder: FlightRecorder | None = None
         self._metrics = ServerMetrics(__version__) if server_args.enable_metrics else None
         with _our_parts(on_cpu=self._on_cpu):
@@ -71,19 +71,19 @@ class DsparkServingWorker(DSparkWorkerV2):
 
     def use(self, policy: Policy) -> None:
         """Switch to `policy` from the next round on; the drafter's context stays current under every policy."""
-        if self.recorder is not None and self.parts is not None:
-            policy = self.recorder.watch(policy, self.parts)
+        if self.recorder is not None and self.repertoire is not None:
+            policy = self.recorder.watch(policy, self.repertoire.parts)
         self._verify_planner.policy = policy
         if self._metrics is not None:
             self._metrics.set_policy(policy.name)
 
-    def start_scheduling(self, parts: PolicyParts, recorder: FlightRecorder | None) -> None:
-        """From now on policies are made of `parts`, and their rounds go to `recorder`."""
-        self.parts = parts
+    def start_scheduling(self, repertoire: Repertoire, recorder: FlightRecorder | None) -> None:
+        """From now on policies come from `repertoire`, and their rounds go to `recorder`."""
+        self.repertoire = repertoire
         self.recorder = recorder
         if not self._on_cpu:
             requests = get_schedule().max_running_requests
-            temperatures_G = parts.calibration.temperatures_G
+            temperatures_G = repertoire.parts.calibration.temperatures_G
             self._verify_planner.device_admission = DeviceAdmission(requests, temperatures_G, self.device)
 
     @property
