@@ -47,6 +47,7 @@ setup(
         "filelock",
         "gguf",
         "httpx",
+        "matplotlib",
         "numpy",
         "prometheus-client",
         "pydantic>=2",

@@ -117,6 +117,7 @@ def test_greedy_text_survives_switching_in_the_middle_of_requests(
         done.set()
         switcher.join()
     plans = speculative.server.report()["plans"]
+    assert "cost_known" in speculative.server.report()["scheduler"]
     assert all(plans[name] > before.get(name, 0) for name in ("full", "off", "threshold", "native"))
 
 

@@ -16,10 +16,12 @@ from dspark_serving.assets.store import cache_root
 from dspark_serving.config import POLICIES, PolicyName, ServingConfig
 from dspark_serving.errors import DataError
 from dspark_serving.recording import FlightRecorder
+from dspark_serving.scheduler.adaptive import AdaptivePolicy
 from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
 from dspark_serving.scheduler.catalog import PolicyParts, make_policy
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.cost_table import CostKey, load_cost, save_cost
+from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Policy
 from dspark_serving.sglang_adapter import options, resolution
 from dspark_serving.sglang_adapter.profile import profile_engine
@@ -33,12 +35,13 @@ class Repertoire:
 
     def __init__(self, parts: PolicyParts) -> None:
         self.parts = parts
+        self._recalibration = OnlineCalibration(parts.calibration)
         self._made: dict[PolicyName, Policy] = {}
 
     def get(self, name: PolicyName) -> Policy:
         """One of the scheduler's own policies, or SGLang's."""
         if name not in self._made:
-            self._made[name] = self._native() if name == "native" else make_policy(name, self.parts)
+            self._made[name] = self._make(name)
         return self._made[name]
 
     def set_threshold(self, threshold: float) -> None:
@@ -46,7 +49,27 @@ class Repertoire:
         self.parts = self.parts._replace(threshold=threshold)
         self._made.pop("threshold", None)
 
-    def _native(self) -> Policy:
+    def facts(self) -> dict[str, float]:
+        """What the scheduler has learned and counted, for metrics."""
+        cost, recalibration = self.parts.cost, self._recalibration
+        found = {
+            "cost_known": float(cost.known),
+            "cost_rounds_learned": float(cost.observed),
+            "cost_rounds_rejected": float(cost.rejected),
+            "calibration_drifts": float(recalibration.drifts),
+        }
+        for position, error in enumerate(recalibration.error_G.tolist(), start=1):
+            if error == error:  # nan before the first label
+                found[f"calibration_error_position_{position}"] = error
+        policy = self._made.get("adaptive")
+        if isinstance(policy, AdaptivePolicy):
+            found["accepted_by_expected"] = policy.realism
+            found |= {name: float(count) for name, count in vars(policy.incidents).items()}
+        return found
+
+    def _make(self, name: PolicyName) -> Policy:
+        if name != "native":
+            return make_policy(name, self.parts, self._recalibration)
         from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
 
         return NativeBudgetPolicy(self.parts.gamma, self.parts.slots, self.parts.cost)

@@ -160,12 +160,13 @@ class DsparkServingWorker(DSparkWorkerV2):
         self.stats.count(outcome)
         self.policy.observe(outcome)
         if self._metrics is not None:
-            self._metrics.update(self.stats, outcome, {})
+            self._metrics.update(self.stats, outcome, {} if self.repertoire is None else self.repertoire.facts())
 
     def dspark_report(self) -> dict[str, Any]:
         """What /server_info shows under `internal_states[i].dspark`."""
         report: dict[str, Any] = {"active": True, "version": __version__, "policy": self.policy.name}
-        return report | self.stats.snapshot()
+        learned = {} if self.repertoire is None else {"scheduler": self.repertoire.facts()}
+        return report | self.stats.snapshot() | learned
 
 
 @contextmanager
