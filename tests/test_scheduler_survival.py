@@ -79,7 +79,7 @@ def test_history_belongs_to_a_request_not_to_a_slot() -> None:
     history = HostHistory(3, slots=4)
     history.observe(batch([2, 0], [1, 1]), np.array([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4]], dtype=np.float32))
     now = batch([0, 1, 2], [1, 1, 2])  # the same request; a new one; a new one in a used slot
-    rows_RHG = history.rows(now, history.depths(now), 1, PRIOR_G)
+    rows_RHG = history.sample(now, 1, 1, PRIOR_G)
     assert rows_RHG[0, 0].tolist() == pytest.approx([0.6, 0.5, 0.4])
     assert rows_RHG[1, 0].tolist() == rows_RHG[2, 0].tolist() == PRIOR_G.tolist()
 
@@ -89,20 +89,25 @@ def test_history_gives_the_latest_rounds_first_and_the_prior_behind_them() -> No
     for value in (0.1, 0.2, 0.3):
         history.observe(batch([0]), np.array([[value]], dtype=np.float32))
     now = batch([0])
-    assert history.depths(now).tolist() == [2]
-    assert history.rows(now, history.depths(now), 2, PRIOR_G[:1]).ravel() == pytest.approx([0.3, 0.2])
+    assert history.sample(now, 1, 1, PRIOR_G[:1]).ravel() == pytest.approx([0.3])
+    assert history.sample(now, 1, 4, PRIOR_G[:1]).ravel() == pytest.approx([0.3, 0.2])
     fresh = HostHistory(1, slots=1, depth=4)
     fresh.observe(now, np.array([[0.9]], dtype=np.float32))
-    assert fresh.rows(now, fresh.depths(now), 3, PRIOR_G[:1]).ravel() == pytest.approx([0.9, 0.5, 0.5])
+    assert fresh.sample(now, 1, 4, PRIOR_G[:1]).ravel() == pytest.approx([0.9])
+    assert fresh.sample(now, 3, 4, PRIOR_G[:1]).ravel() == pytest.approx([0.9, 0.5, 0.5])
 
 
 def test_history_goes_stale_while_nothing_is_drafted() -> None:
-    history = HostHistory(3, slots=1, stale_after=2)
-    history.observe(batch([0]), np.full((1, 3), 0.9, dtype=np.float32))
+    history = HostHistory(1, slots=1, stale_after=2)
+    now, prior_G = batch([0]), PRIOR_G[:1]
+    history.observe(now, np.full((1, 1), 0.9, dtype=np.float32))
     seen = []
-    for _ in range(4):
-        seen.append(int(history.depths(batch([0]))[0]))
+    for _ in range(6):
+        seen.append(float(history.sample(now, 1, 1, prior_G)[0, 0, 0]))
         history.pass_round()
-    assert seen == [1, 1, 1, 0]
-    history.observe(batch([0]), np.full((1, 3), 0.8, dtype=np.float32))
-    assert history.depths(batch([0])).tolist() == [1]  # what was stale does not come back with a fresh row
+    assert seen == pytest.approx([0.9, 0.9, 0.9, 0.9, 0.5, 0.5])
+    assert history.newcomers(now) == 1
+    history.observe(now, np.full((1, 1), 0.8, dtype=np.float32))
+    assert history.newcomers(now) == 0
+    # What was stale does not come back with a fresh row.
+    assert history.sample(now, 2, 2, prior_G).ravel() == pytest.approx([0.8, 0.5])

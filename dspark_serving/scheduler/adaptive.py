@@ -98,7 +98,8 @@ class AdaptivePolicy:
             return Plan(True, 0.0, requests * self._gamma, "no-cost-data", math.nan, math.nan)
         context = int(np.add.reduce(batch.context_R))
         looking = self._gate.looking
-        if self._gate.rests(requests, context, self._history.newcomers(batch) if not looking else 0):
+        newcomers = self._history.newcomers(batch) if self._gate.resting else 0
+        if self._gate.rests(requests, context, newcomers):
             return self._plain(requests, context, "off")
         outlook = weigh(self._prospect(batch, context))
         verdict = self._gate.decide(outlook.advantage, requests, context)
@@ -126,10 +127,11 @@ class AdaptivePolicy:
         seconds_N = self._draft_time.value * (
             self._cost.verify(requests, totals.total_N, context) + self._cost.draft(requests)
         )
+        floor_R = self._floors.of(batch)
         return Prospect(
             self._expected_survivals(batch),
-            self._floors.weights(batch),
-            self._floors.of(batch),
+            self._floors.weights(batch, floor_R),
+            floor_R,
             self._realism.value,
             totals,
             seconds_N,
@@ -139,11 +141,9 @@ class AdaptivePolicy:
 
     def _expected_survivals(self, batch: Batch) -> np.ndarray:
         """Earlier rounds of the requests, as many as make a fair sample, [R, H, G]."""
-        depth_R = self._history.depths(batch)
         enough = -(-_ROWS // batch.requests)
         fewest = 1 if self._gate.looking else -(-enough // 4)
-        rounds = min(max(int(np.maximum.reduce(depth_R)), fewest), enough, self._history.depth)
-        return self._history.rows(batch, depth_R, rounds, self._prior.survival_G)
+        return self._history.sample(batch, fewest, enough, self._prior.survival_G)
 
     # ---- with the drafts
 
@@ -153,7 +153,9 @@ class AdaptivePolicy:
         if plan.price <= 0.0 and plan.capacity >= requests * gamma:
             return np.full(requests, gamma + 1, dtype=np.int32)
         confidence_RG, _ = self._calibrated(batch, confidence_RG)
-        return admit(values(confidence_RG, self._floors.weights(batch)), plan.price, plan.capacity)
+        return admit(
+            values(confidence_RG, self._floors.weights(batch, self._floors.of(batch))), plan.price, plan.capacity
+        )
 
     def _calibrated(self, batch: Batch, confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
         calibrate = None if self._calibration is None else self._calibration.apply

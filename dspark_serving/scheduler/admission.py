@@ -94,5 +94,5 @@ def gain_curve(value: np.ndarray, take_N: np.ndarray) -> np.ndarray:
     sums = np.zeros(take_N.size)
     if take_N.size > nothing:
         parts = np.add.reduceat(flat, starts[: take_N.size - nothing])
-        np.cumsum(parts[::-1], dtype=np.float64, out=sums[nothing:])
+        np.add.accumulate(parts[::-1], dtype=np.float64, out=sums[nothing:])
     return sums

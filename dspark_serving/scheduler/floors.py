@@ -23,16 +23,14 @@ class SpeedFloors:
 
     def of(self, batch: Batch) -> np.ndarray | None:
         """Tokens a second that each request should get, [R]; None when no request has a floor."""
-        if self._everyone <= 0.0 and not batch.floor_R.any():
+        if self._everyone <= 0.0 and not np.count_nonzero(batch.floor_R):
             return None
         floor_R: np.ndarray = np.maximum(np.nan_to_num(batch.floor_R), self._everyone)
         return floor_R
 
-    def weights(self, batch: Batch) -> np.ndarray | None:
-        """What a token of each request counts, [R] float32; None when all count 1."""
-        floor_R = self.of(batch)
-        ordinary = bool((batch.weight_R == 1.0).all())
-        if floor_R is None and ordinary:
+    def weights(self, batch: Batch, floor_R: np.ndarray | None) -> np.ndarray | None:
+        """What a token of each request counts, given `of(batch)`, [R] float32; None when all count 1."""
+        if floor_R is None and not np.count_nonzero(batch.weight_R != 1.0):
             return None
         usable_R = np.isfinite(batch.weight_R) & (batch.weight_R > 0)
         weight_R = np.where(usable_R, batch.weight_R, 1.0)

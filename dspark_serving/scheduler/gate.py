@@ -43,9 +43,9 @@ class DraftGate:
         self._plain_interval = interval
 
     @property
-    def warming(self) -> bool:
-        """Nothing is known yet."""
-        return self._state is _State.WARMING
+    def resting(self) -> bool:
+        """Plain decoding until further notice."""
+        return self._state is _State.RESTING
 
     @property
     def looking(self) -> bool:

@@ -54,16 +54,19 @@ def _everything(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Ou
     requests, rounds, gamma = value_RHG.shape
     if prospect.floor_R is not None or drafts_N[-1] < requests * gamma:
         return None
-    scale = prospect.realism / rounds
-    tokens = anchors + scale * float(np.add.reduce(value_RHG, axis=None))
-    seconds = float(prospect.seconds_N[-1])
     smallest = prospect.realism * float(np.minimum.reduce(value_RHG[..., -1], axis=None))
-    rate = tokens / seconds
+    steepest = 0.0
     if len(total_N) > 1:
-        # At the rate of the whole window every step up to it has to pay, then no smaller total has a better one.
-        steps_M = prospect.seconds_N[1:] - prospect.seconds_N[:-1]
-        if (rate * steps_M > smallest * (total_N[1:] - total_N[:-1])).any():
-            return None
+        slope_M = (prospect.seconds_N[1:] - prospect.seconds_N[:-1]) / (drafts_N[1:] - drafts_N[:-1])
+        steepest = float(np.maximum.reduce(slope_M))
+    seconds = float(prospect.seconds_N[-1])
+    if anchors / seconds * steepest > smallest:
+        return None
+    tokens = anchors + prospect.realism / rounds * float(np.add.reduce(value_RHG, axis=None))
+    rate = tokens / seconds
+    # If every step up to it pays at the rate of the whole window, then no smaller total has a better rate.
+    if rate * steepest > smallest:
+        return None
     advantage = rate * prospect.plain_seconds / anchors
     return Outlook(0.0, requests * gamma, "bypass", tokens, seconds, advantage)
 
@@ -91,7 +94,7 @@ def _best_total(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Ou
         price = max(float(rate_N[best]), plain_rate) * slope / prospect.realism
         first = int(sorted_value.searchsorted(np.float32(price)))
         tokens = anchors + scale * float(np.add.reduce(sorted_value[first:]))
-        seconds = float(np.interp(requests + (sorted_value.size - first) / rounds, total_N, seconds_N))
+        seconds = float(seconds_N[best]) + slope * ((sorted_value.size - first) / rounds - capacity)
         if prospect.floor_R is None:
             capacity = requests * gamma
     reason = "floor-unmet" if share < 1.0 else "tier" if prospect.tiered else "price"

@@ -109,20 +109,22 @@ class HostHistory:
     """
 
     def __init__(self, gamma: int, slots: int, *, depth: int = 32, stale_after: int = 256) -> None:
-        """`depth` rounds are kept a slot; those of a slot without a draft for `stale_after` rounds are forgotten."""
-        self.depth = depth
+        """`depth` rounds are kept a slot, for at least `stale_after` rounds without a draft and at most twice that."""
+        self._depth = depth
         self._stale_after = stale_after
         self._rows = np.zeros((slots * depth, gamma), dtype=np.float32)
+        self._latest = np.zeros((slots, gamma), dtype=np.float32)
         self._written = np.zeros(slots, dtype=np.int64)
-        self._generation = np.full(slots, -1, dtype=np.int64)
+        self._generation = np.full(slots, -1, dtype=np.int64)  # -1: nothing is known
         self._round = np.zeros(slots, dtype=np.int64)
         self._now = 0
 
     def observe(self, batch: Batch, survival_RG: np.ndarray) -> None:
         """Keep this round's survivals."""
         slots_R = batch.slots_R
-        written_R = np.where(self._fresh(batch), self._written[slots_R], 0)
-        self._rows[slots_R * self.depth + written_R % self.depth] = survival_RG
+        written_R = np.where(self._known(batch), self._written[slots_R], 0)
+        self._rows[slots_R * self._depth + written_R % self._depth] = survival_RG
+        self._latest[slots_R] = survival_RG
         self._written[slots_R] = written_R + 1
         self._generation[slots_R] = batch.generations_R
         self._round[slots_R] = self._now
@@ -130,41 +132,39 @@ class HostHistory:
     def pass_round(self) -> None:
         """A round went by, with or without a draft."""
         self._now += 1
+        if self._now % self._stale_after == 0:
+            self._generation[self._round < self._now - self._stale_after] = -1
 
     def forget(self) -> None:
         """Drop all rows: the prior stands in for every request."""
         self._generation.fill(-1)
 
     def newcomers(self, batch: Batch) -> int:
-        """Requests for which nothing was ever drafted."""
-        return batch.requests - int(np.count_nonzero(self._generation[batch.slots_R] == batch.generations_R))
+        """Requests for which nothing was drafted lately."""
+        return batch.requests - int(np.count_nonzero(self._known(batch)))
 
-    def depths(self, batch: Batch) -> np.ndarray:
-        """Rows known of each request, [R] int64."""
-        return np.minimum(self._written[batch.slots_R] * self._fresh(batch), self.depth)
+    def sample(self, batch: Batch, fewest: int, most: int, prior_G: np.ndarray) -> np.ndarray:
+        """Survivals of earlier rounds of each request, the latest first, [R, H, G] float32.
 
-    def rows(self, batch: Batch, depth_R: np.ndarray, rounds: int, prior_G: np.ndarray) -> np.ndarray:
-        """Survivals of `rounds` earlier rounds of each request, the latest first, [R, rounds, G] float32.
-
-        Rounds that are not known have the prior's survivals instead.
+        H is as many rounds as are known of any request, within `fewest` and `most` (and the depth). Rounds of a
+        request that are not known have the prior's survivals instead.
         """
         slots_R = batch.slots_R
-        if rounds == 1:
-            row_R = slots_R * self.depth + (self._written[slots_R] - 1) % self.depth
-            rows_RHG = self._rows.take(row_R, axis=0)[:, None]
-            unknown_RH = (depth_R == 0)[:, None]
-        else:
-            back_H = np.arange(1, rounds + 1)
-            row_RH = slots_R[:, None] * self.depth + (self._written[slots_R][:, None] - back_H) % self.depth
-            rows_RHG = self._rows.take(row_RH, axis=0)
-            unknown_RH = depth_R[:, None] < back_H
-        if unknown_RH.any():
-            rows_RHG[unknown_RH] = prior_G
+        known_R = self._known(batch)
+        if most == 1:
+            rows_RG = self._latest.take(slots_R, axis=0)
+            if np.count_nonzero(known_R) < len(slots_R):
+                rows_RG[~known_R] = prior_G
+            return rows_RG[:, None]
+        depth_R = self._written[slots_R] * known_R
+        rounds = min(max(int(depth_R.max()), fewest), most, self._depth)
+        back_H = np.arange(1, rounds + 1)
+        row_RH = slots_R[:, None] * self._depth + (self._written[slots_R][:, None] - back_H) % self._depth
+        rows_RHG = self._rows.take(row_RH, axis=0)
+        rows_RHG[depth_R[:, None] < back_H] = prior_G
         return rows_RHG
 
-    def _fresh(self, batch: Batch) -> np.ndarray:
-        """Whether the slot's rows belong to this request and are recent, [R] bool."""
-        slots_R = batch.slots_R
-        recent_R = self._round.take(slots_R) >= self._now - self._stale_after
-        fresh_R: np.ndarray = recent_R & (self._generation.take(slots_R) == batch.generations_R)
-        return fresh_R
+    def _known(self, batch: Batch) -> np.ndarray:
+        """Whether the slot's rows belong to this request, [R] bool."""
+        known_R: np.ndarray = self._generation.take(batch.slots_R) == batch.generations_R
+        return known_R
