@@ -13,6 +13,7 @@ import torch
 
 from dspark_serving.scheduler.baselines import FullPolicy
 from dspark_serving.scheduler.round import Batch
+from dspark_serving.sglang_adapter.device import HostCopy
 from dspark_serving.sglang_adapter.rounds import BatchReader, RoundLog
 
 
@@ -83,7 +84,7 @@ def launch(log: RoundLog, clock: Clock, requests: int = 2) -> None:
         batch=read,
         plan=FullPolicy().plan(read),
         confidence_RG=None,
-        verify_lens_R=np.full(requests, 4, dtype=np.int32),
+        verify_lens_R=HostCopy(torch.full((requests,), 4, dtype=torch.int32)),
         draft_seconds=0.01,
         started=clock.now,
     )

@@ -13,6 +13,7 @@ from dspark_serving.metrics import WINDOW, RoundStats
 from dspark_serving.scheduler.baselines import Algorithm1Policy, FullPolicy, OffPolicy, ThresholdPolicy
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.round import Batch, Outcome, Policy
+from dspark_serving.sglang_adapter.device import DeviceAdmission
 from dspark_serving.sglang_adapter.plan_sync import PlanSync
 from dspark_serving.sglang_adapter.planner import PolicyPlanner
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
@@ -97,12 +98,49 @@ def test_planner_asks_the_policy(
     budget = ours.resolve_verify_token_budget(
         draft_input=None, confidence=confidence, prefix_lens=slots, req_pool_indices=slots
     )
-    assert budget == (plan.capacity if plan.drafts else 0)
+    assert budget == (2 * GAMMA if plan.drafts else 0)
     lens = ours._schedule_verify_lens(
         req_pool_indices=slots, prefix_lens=slots, device=torch.device("cpu"), confidence=confidence, budget=None
     )
     assert (lens.tolist(), lens.dtype) == (expected, torch.int32)
-    assert ours.verify_lens_R.tolist() == expected
+    assert ours.verify_lens_R.numpy().tolist() == expected
+
+
+def test_under_overlap_the_amount_is_known_before_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = planner(OffPolicy())
+    ours._budget_planner = SimpleNamespace()
+    ours._schedule_cfg = SimpleNamespace(min_verify_len=1)
+    ours.verify_num_draft_tokens = GAMMA + 1
+    monkeypatch.setattr(ours, "_maybe_gather_dp_verify_tier", lambda **_: None)
+    batch = running_batch()
+    batch.spec_info = SimpleNamespace(verify_token_budget=None)
+    batch.forward_mode = SimpleNamespace(is_extend=lambda: False)
+    batch.is_extend_in_batch, batch.batch_size = False, lambda: 2
+    ours.prepare_verify_budget(batch, future_map=None)
+    assert (batch.spec_info.verify_token_budget, batch.spec_verify_tier_num_tokens) == (0, 2)
+    ours.policy = FullPolicy()  # too late for this round
+    assert ours.begin(batch).reason == "off"
+    ours.prepare_verify_budget(batch, future_map=None)
+    assert (batch.spec_info.verify_token_budget, batch.spec_verify_tier_num_tokens) == (6, 8)
+    assert ours.begin(batch).reason == "full"
+
+
+def test_admission_on_the_device_reuses_its_buffers_and_agrees_with_the_host() -> None:
+    ours = planner(ThresholdPolicy(0.5))
+    ours.device_admission = DeviceAdmission(requests=4, temperatures_G=[1.0] * GAMMA, device="cpu")
+    addresses = set()
+    for confidence in (CONFIDENCE, CONFIDENCE.flip(0)):
+        ours.begin(running_batch())
+        slots = torch.tensor([4, 7])
+        ours.resolve_verify_token_budget(
+            draft_input=None, confidence=confidence, prefix_lens=slots, req_pool_indices=slots
+        )
+        lens = ours._schedule_verify_lens(
+            req_pool_indices=slots, prefix_lens=slots, device=torch.device("cpu"), confidence=confidence, budget=None
+        )
+        assert lens.tolist() == ours.policy.admit(ours.batch, ours.plan, confidence.numpy()).tolist()
+        addresses.add(lens.data_ptr())
+    assert len(addresses) == 1
 
 
 def test_a_round_without_drafts_proposes_certain_mask_tokens() -> None:

@@ -1,4 +1,4 @@
-"""Admission where the confidences are: on the accelerator, without a word to the host."""
+"""Admission where the confidences are, on the accelerator, and its traces on the host, without waiting for either."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import torch
 from dspark_kernels.admission import AdmissionBuffers, AdmissionInputs, admit_and_pack
 
 from dspark_serving.scheduler.round import Plan
+
+
+class HostCopy:
+    """A small tensor on its way to the host. `numpy` waits for it, which costs nothing once its round is finished."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._copy = source
+        if source.is_cuda:
+            self._copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            self._copy.copy_(source, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        """The values as they were when the copy was ordered."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.numpy()
 
 
 class DeviceAdmission:

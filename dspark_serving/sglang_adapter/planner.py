@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner, local_verify_tier_num_tokens
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_serving.scheduler.round import Batch, Plan, Policy
-from dspark_serving.sglang_adapter.device import DeviceAdmission
+from dspark_serving.sglang_adapter.device import DeviceAdmission, HostCopy
 from dspark_serving.sglang_adapter.plan_sync import PlanSync
 from dspark_serving.sglang_adapter.rounds import BatchReader
 
@@ -26,8 +25,8 @@ class PolicyPlanner(DSparkVerifyPlanner):
     device_admission: DeviceAdmission | None = None  # where the confidences are not on the host
     plan: Plan
     batch: Batch
-    confidence_RG: np.ndarray | None
-    verify_lens_R: np.ndarray
+    confidence_RG: HostCopy | None  # of the round, once drafted
+    verify_lens_R: HostCopy
     _planned_ahead: bool = False
 
     def begin(self, batch: Any) -> Plan:
@@ -47,7 +46,7 @@ class PolicyPlanner(DSparkVerifyPlanner):
         self._is_verify_all = self.plan.drafts and self.plan.price <= 0 and self.plan.capacity >= whole
         self.confidence_RG = None
         verify_len = self.gamma + 1 if self.plan.drafts else 1
-        self.verify_lens_R = np.full(self.batch.requests, verify_len, dtype=np.int32)
+        self.verify_lens_R = HostCopy(torch.full((self.batch.requests,), verify_len, dtype=torch.int32))
 
     def prepare_verify_budget(self, batch: Any, future_map: Any) -> None:
         """Under overlap: plan before the draft is launched, because the amount selects the captured graph."""
@@ -69,7 +68,7 @@ class PolicyPlanner(DSparkVerifyPlanner):
         return None
 
     def _budget(self) -> int:
-        return self.plan.capacity if self.plan.drafts else 0
+        return min(self.plan.capacity, self.batch.requests * self.gamma) if self.plan.drafts else 0
 
     def resolve_verify_token_budget(
         self,
@@ -80,8 +79,8 @@ class PolicyPlanner(DSparkVerifyPlanner):
         req_pool_indices: torch.Tensor,
     ) -> int | None:
         """Drafted tokens to verify at most, which selects the captured graph."""
-        if confidence is not None and confidence.device.type == "cpu":
-            self.confidence_RG = confidence.float().numpy()
+        if confidence is not None:
+            self.confidence_RG = HostCopy(confidence.float())
         return self._budget()
 
     def _schedule_verify_lens(
@@ -93,12 +92,13 @@ class PolicyPlanner(DSparkVerifyPlanner):
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor:
-        if confidence is None:
-            verify_lens = torch.from_numpy(self.verify_lens_R).to(device)
-        elif self.device_admission is not None:
+        if self.confidence_RG is None:
+            verify_lens = torch.ones(self.batch.requests, dtype=torch.int32, device=device)
+        elif self.device_admission is not None and confidence is not None:
             verify_lens = self.device_admission(confidence, self.plan, self.batch.weight_R)
         else:
-            self.verify_lens_R = self.policy.admit(self.batch, self.plan, confidence.float().cpu().numpy())
-            verify_lens = torch.from_numpy(self.verify_lens_R).to(device)
+            lens_R = self.policy.admit(self.batch, self.plan, self.confidence_RG.numpy())
+            verify_lens = torch.from_numpy(lens_R).to(device)
         self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)
+        self.verify_lens_R = HostCopy(verify_lens)
         return verify_lens

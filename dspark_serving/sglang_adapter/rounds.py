@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dspark_serving.scheduler.round import Batch, Outcome, Plan
+from dspark_serving.sglang_adapter.device import HostCopy
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,8 @@ class Launched(NamedTuple):
 
     batch: Batch
     plan: Plan
-    confidence_RG: np.ndarray | None
-    verify_lens_R: np.ndarray
+    confidence_RG: HostCopy | None
+    verify_lens_R: HostCopy
     draft_seconds: float
     started: float
     steady: bool
@@ -133,8 +134,8 @@ class RoundLog:
         return Outcome(
             launched.batch,
             launched.plan,
-            launched.confidence_RG,
-            launched.verify_lens_R,
+            None if launched.confidence_RG is None else launched.confidence_RG.numpy(),
+            launched.verify_lens_R.numpy(),
             np.array(accepted, dtype=np.int32),
             launched.draft_seconds,
             now - before if steady else own,
