@@ -31,6 +31,8 @@ from dspark_serving.scheduler.round import Batch, Outcome
 _RESULT = Path(__file__).parent / "results" / "planner_cost.json"
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _CONTEXT = 500
+_TURN = 20
+"""Rounds that a planner runs before it is the other one's turn."""
 
 
 def seconds_of(tokens: int) -> float:
@@ -87,23 +89,24 @@ def sglang_own(requests: int, gamma: int, rng: np.random.Generator) -> Callable[
 
 
 def measure(requests: int, gamma: int, repetitions: int, seed: int) -> list[Row]:
-    """Median microseconds of both, call by call in turn."""
+    """Median microseconds of both, in short turns."""
     rng = np.random.default_rng(seed)
     planners = {"ours": ours(requests, gamma, rng), "native": sglang_own(requests, gamma, rng)}
     times: dict[str, list[float]] = {name: [] for name in planners}
-    for i in range(repetitions + 20):
-        confidence_RG = confidences(rng, requests, gamma)
+    for block in range(-1, -(-repetitions // _TURN)):  # the first one warms up
+        blocks = [confidences(rng, requests, gamma) for _ in range(_TURN)]
         for name, one_round in planners.items():
-            start = time.perf_counter()
-            one_round(confidence_RG)
-            if i >= 20:
-                times[name].append(time.perf_counter() - start)
+            for confidence_RG in blocks:
+                start = time.perf_counter()
+                one_round(confidence_RG)
+                if block >= 0:
+                    times[name].append(time.perf_counter() - start)
     return [
         {
             "planner": name,
             "requests": requests,
             "positions": gamma,
-            "repetitions": repetitions,
+            "repetitions": len(seconds),
             "microseconds": round(float(np.median(seconds)) * 1e6, 1),
             "microseconds_p95": round(float(np.quantile(seconds, 0.95)) * 1e6, 1),
         }
@@ -137,7 +140,7 @@ def main(
             report(", ".join(f"{row['planner']} {row['microseconds']:.1f} us" for row in rows[-2:]) + f" at {requests}")
         notes = (
             f"Plan and admission of one round on the host, {gamma} positions, one thread; the two planners take turns "
-            "call by call. Native: SGLang's compute_verify_token_budget and top-k step, with a table of every total."
+            f"of {_TURN} rounds. Native: SGLang's compute_verify_token_budget and top-k step, every total in its table."
         )
         result.write(rows, notes)
         output.with_suffix(".md").write_text(markdown(rows, notes))

@@ -108,7 +108,7 @@ def _gauge(name: str, text: str, *labels: str) -> Gauge:
 
 
 class ServerMetrics:
-    """What /metrics shows beside SGLang's own; made in the scheduler, after SGLang set up the multi-process registry."""
+    """What /metrics shows beside SGLang's own; made in the scheduler, once the multi-process registry is set up."""
 
     def __init__(self, version: str) -> None:
         self._version = version

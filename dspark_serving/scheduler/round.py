@@ -27,9 +27,7 @@ class Batch(NamedTuple):
         return len(self.slots_R)
 
     @classmethod
-    def ordinary(
-        cls, slots_R: np.ndarray, context_R: np.ndarray, generations_R: np.ndarray | None = None
-    ) -> Batch:
+    def ordinary(cls, slots_R: np.ndarray, context_R: np.ndarray, generations_R: np.ndarray | None = None) -> Batch:
         """Greedy requests of equal weight without floors."""
         requests = len(slots_R)
         generations_R = np.zeros(requests, dtype=np.int64) if generations_R is None else generations_R
