@@ -194,3 +194,11 @@ def test_shares_rows_and_table() -> None:
     assert summary["adaptive"]["lowest_share_of_oracle"] == 0.7
     assert summary["adaptive"]["ratio_to_best_fixed"] == pytest.approx(1.0)
     assert "| coins | stationary | 0.500 | 0.800 | 0.800 | 1.000 |" in report.markdown(list(summary.values()), "notes")
+
+
+def test_a_machine_that_was_busy_is_believed_to_be_idle_again() -> None:
+    """Costs learned while every token was dear must not keep the policy from verifying when it is cheap again."""
+    world = scenario("cpu-busy-machine")
+    simulation = Simulation(world, seed=2)
+    best = simulation.play(OraclePolicy(simulation)).tokens_per_second
+    assert simulation.play(adaptive(world, 2)).tokens_per_second >= 0.94 * best

@@ -13,6 +13,9 @@ MOVE_GAIN = 0.04
 predict what they did, and what they have in common reaches the nodes that are not visited."""
 FORGET = 1 / 50
 """How fast a node stops counting as visited, per round: then it follows the shared correction again."""
+FADE = 1 / 200
+"""How fast a correction of a node that is not visited goes, per round: else a cost learned in a bad hour could keep its
+totals from ever being visited again."""
 SCALE_GAIN = 0.04
 TREND_GAIN = 1 / 32
 CLIP = 1.2
@@ -62,6 +65,7 @@ class Refiner:
         moved = MOVE_GAIN * float(self.local_N[node])
         self.shared += moved
         self.local_N -= moved * self._visited_N
+        self.local_N *= 1 - FADE * (1 - self._visited_N)
         spread = float(self.spread_N[node])
         self.spread_N[node] = self._scale if spread == math.inf else spread + 0.1 * (1.25 * abs(step) - spread)
 
