@@ -13,7 +13,7 @@ import typer
 
 from benchmarks.subjects import DATASETS, chosen, dspark_options, ngram_arm
 from dspark_serving.assets import Dtype, ensure_smollm2, shipped_bundle
-from dspark_serving.bench.arms import Arm, Launched
+from dspark_serving.bench.arms import Arm, Launched, PolicyChoice
 from dspark_serving.bench.plan import Settings
 from dspark_serving.bench.workload import Shape
 from dspark_serving.cli.bench import announce, concurrencies, measure
@@ -28,16 +28,12 @@ _RESULT = Path(__file__).parent / "results" / "first_light.json"
 def arms_of(target: Path, drafter: Path) -> dict[str, Arm]:
     """Every arm that can be measured."""
     options = dspark_options(drafter)
-
-    def drafting(name: str, policy: str) -> Arm:
-        host = Launched(target, (*options, flag("policy"), policy))
-        return Arm(name, host, drafter=drafter.name, family="dspark")
-
+    served = Launched(target, options)
     arms = (
         Arm(BASELINE, Launched(target, (*options, flag("disable")))),  # SGLang as published, without speculation
         Arm("plain", Launched(target, ())),  # without speculation too, on this plugin's CPU parts
-        drafting("dspark", "full"),
-        drafting("threshold", "threshold"),
+        Arm("dspark", served, PolicyChoice("adaptive"), drafter.name, "dspark"),  # as it is served by default
+        Arm("static", served, PolicyChoice("full"), drafter.name, "dspark"),
         ngram_arm(target, drafter),
     )
     return {arm.name: arm for arm in arms}
@@ -47,9 +43,8 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each dataset.")] = 16,
     concurrency: Annotated[str, typer.Option(help="Requests under way, a list.")] = "1,2,4,8",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each point.")] = 2,
-    arms: Annotated[str, typer.Option(help="A list of: off, plain, dspark, threshold, ngram.")] = (
-        "off,plain,dspark,ngram"
-    ),
+    arms: Annotated[str, typer.Option(help="A list of: off, plain, dspark, static, ngram.")] = "off,plain,dspark,ngram",
+    datasets: Annotated[str, typer.Option(help="A list.")] = ",".join(DATASETS),
     max_tokens: Annotated[int, typer.Option(min=4, help="Length at which an answer is cut.")] = 128,
     dtype: Annotated[str, typer.Option(help="Of the target: bf16 or fp32.")] = "bf16",
     bundle: Annotated[Path | None, typer.Option(help="A drafter; by default the shipped one.")] = None,
@@ -64,7 +59,7 @@ def main(
         settings = Settings(
             target=f"smollm2-135m-instruct {dtype}",
             arms=tuple(chosen("--arms", arms, arms_of(target, drafter)).values()),
-            datasets=tuple(DATASETS.values()),
+            datasets=tuple(chosen("--datasets", datasets, DATASETS).values()),
             temperatures=(0.0,),
             loads=concurrencies(concurrency),
             shape=Shape(prompts, max_tokens, ignore_eos=False),

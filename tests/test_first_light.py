@@ -30,9 +30,9 @@ def test_prompts_are_the_first_of_their_file() -> None:
 
 def test_first_light_compares_servers() -> None:
     arms = first_light.arms_of(TARGET, shipped_bundle())
-    assert len({arm.host for arm in arms.values()}) == len(arms)
+    assert len({(arm.host, arm.policy) for arm in arms.values()}) == len(arms)
     assert {name: arm.family for name, arm in arms.items() if arm.family} == {
-        "dspark": "dspark", "threshold": "dspark", "ngram": "ngram",
+        "dspark": "dspark", "static": "dspark", "ngram": "ngram",
     }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def servers(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         with pytest.MonkeyPatch.context() as patch:
             for name, value in draft_spy.environment(spied).items():
                 patch.setenv(name, value)
-            ours = start("dspark")
+            ours = start("dspark", "--dspark-policy", "full")
         yield Servers(stock, ours, spied)
 
 
@@ -107,12 +107,20 @@ def test_prompts_and_answers_cross_chunks_and_pages(
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("policy", ["adaptive", "full"])  # the last one stays in force for the other tests
 def test_greedy_tokens_equal_stock(
-    servers: Servers, prompts: list[list[int]], stock_answers: list[dict[str, Any]], concurrency: int
+    servers: Servers,
+    prompts: list[list[int]],
+    stock_answers: list[dict[str, Any]],
+    concurrency: int,
+    policy: str,
 ) -> None:
+    httpx.post(f"{servers.dspark.base_url}/dspark/policy", json={"policy": policy}).raise_for_status()
     flush_cache(servers.dspark)
     answers = ask_all(servers.dspark, prompts, concurrency=concurrency)
     assert tokens(answers) == tokens(stock_answers)
+    if policy == "adaptive":
+        return
     rounds = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
     math = slice(0, 2)  # what the drafter knows best
     assert 1.5 * sum(rounds[math]) < sum(map(len, tokens(answers)[math])), "the shipped drafter hardly helps"
