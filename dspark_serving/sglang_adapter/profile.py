@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 15.0
 """Bound of the whole profile."""
 
+_LAST = 0.1  # share of the bound that is left to the measurement under way when time is up
 _REPEATS = 2
 _SHORT, _LONG = 24, 256  # tokens of the synthetic prompts
 _SEED = 7
@@ -58,11 +59,12 @@ def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSamp
     """
     worker = scheduler.draft_worker
     before, started = worker.policy, time.monotonic()
+    deadline = started + (1.0 - _LAST) * seconds
     samples: list[CostSample] = []
     try:
         for requests, prompt in _groups(scheduler):
-            samples += _profile_group(scheduler, requests, prompt, started + seconds)
-            if worker.any_rank_past(started + seconds):
+            samples += _profile_group(scheduler, requests, prompt, deadline)
+            if worker.any_rank_past(deadline):
                 break
     finally:
         worker.use(before)
