@@ -93,6 +93,8 @@ class DsparkServingWorker(DSparkWorkerV2):
 
     def _time_phases(self) -> None:
         """Time the phases on the host: exact where rounds run eagerly, launch times only on a device with streams."""
+        late = self._late_commit  # only its flush does work worth timing
+        commit = (self._verify_executor, "commit_hidden", "commit") if late is None else (late, "flush", "commit")
         for owner, method, phase in (
             (self._proposer, "propose", "propose"),
             (self._verify_planner, "begin", "plan"),
@@ -100,7 +102,7 @@ class DsparkServingWorker(DSparkWorkerV2):
             (self._verify_executor, "run_compact", "verify"),
             (self._verify_executor, "run_non_compact", "verify"),
             (self._verify_executor, "accept_and_finalize", "accept"),
-            (self._verify_executor, "commit_hidden", "commit"),
+            commit,
         ):
             setattr(owner, method, self.stats.timed(phase, getattr(owner, method)))
 
@@ -119,10 +121,10 @@ class DsparkServingWorker(DSparkWorkerV2):
             batch.seq_lens = enable.without_stream(batch.seq_lens)
         started = time.perf_counter()
         planner = self._verify_planner
-        plan = self._proposer.plan = planner.begin(batch)
-        if plan.drafts and self._late_commit is not None:
-            self._late_commit.flush()
         with self.stats.round():
+            plan = self._proposer.plan = planner.begin(batch)
+            if plan.drafts and self._late_commit is not None:
+                self._late_commit.flush()
             if self._late_commit is not None and not plan.drafts and plain.is_plain(batch):
                 result = plain.run(self, batch, on_publish, self._late_commit)
             else:
