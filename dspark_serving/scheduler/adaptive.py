@@ -26,7 +26,8 @@ from dspark_serving.scheduler.survival import AcceptancePrior, HostHistory, Reca
 logger = logging.getLogger(__name__)
 
 _ROWS = 64
-"""Requests' rounds by which a batch is judged: 64 requests are judged by their last round, one by its last 32."""
+"""Requests' rounds by which a batch is judged, at least: one request is judged by its last 32 rounds, 64 by the last one
+of each, more by that of every second, third, ... in turn."""
 
 
 @dataclass
@@ -128,9 +129,11 @@ class AdaptivePolicy:
             self._cost.verify(requests, totals.total_N, context) + self._cost.draft(requests)
         )
         floor_R = self._floors.of(batch)
+        weight_R = self._floors.weights(batch, floor_R)
         return Prospect(
-            self._expected_survivals(batch),
-            self._floors.weights(batch, floor_R),
+            requests,
+            self._expected_survivals(batch, sampled=floor_R is None and weight_R is None),
+            weight_R,
             floor_R,
             self._realism.value,
             totals,
@@ -139,11 +142,12 @@ class AdaptivePolicy:
             self._cost.tiers is not None,
         )
 
-    def _expected_survivals(self, batch: Batch) -> np.ndarray:
-        """Earlier rounds of the requests, as many as make a fair sample, [R, H, G]."""
+    def _expected_survivals(self, batch: Batch, *, sampled: bool) -> np.ndarray:
+        """Earlier rounds of the requests, as many as make a fair sample, [S, H, G]; of all of them unless `sampled`."""
         enough = -(-_ROWS // batch.requests)
         fewest = 1 if self._gate.looking else -(-enough // 4)
-        return self._history.sample(batch, fewest, enough, self._prior.survival_G)
+        step = max(batch.requests // _ROWS, 1) if sampled else 1
+        return self._history.sample(batch, fewest, enough, self._prior.survival_G, step)
 
     # ---- with the drafts
 

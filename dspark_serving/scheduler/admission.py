@@ -86,13 +86,8 @@ def gain_curve(value: np.ndarray, take_N: np.ndarray) -> np.ndarray:
 
     Args:
         value: any shape, sorted ascending along its flat order.
-        take_N: strictly ascending, 0 <= take <= value.size.
+        take_N: integers, 0 <= take <= value.size.
     """
-    flat = value.ravel()
-    starts = flat.size - take_N[::-1]  # ascending; a start at the very end takes nothing
-    nothing = int(take_N[0] == 0)
-    sums = np.zeros(take_N.size)
-    if take_N.size > nothing:
-        parts = np.add.reduceat(flat, starts[: take_N.size - nothing])
-        np.add.accumulate(parts[::-1], dtype=np.float64, out=sums[nothing:])
-    return sums
+    sums = np.zeros(value.size + 1)
+    np.add.accumulate(value.ravel()[::-1], dtype=np.float64, out=sums[1:])
+    return sums.take(take_N)

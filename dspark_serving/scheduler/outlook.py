@@ -16,9 +16,10 @@ from dspark_serving.scheduler.floors import worst_share
 
 
 class Prospect(NamedTuple):
-    """What earlier rounds say of a batch: R requests by H earlier rounds each."""
+    """What earlier rounds say of a batch: H earlier rounds of each of its R requests, or of a sample of them (S)."""
 
-    survival_RHG: np.ndarray  # float32, calibrated
+    requests: int  # R
+    survival_SHG: np.ndarray  # float32, calibrated; S = R where there are weights or floors
     weight_R: np.ndarray | None  # None: all 1
     floor_R: np.ndarray | None  # tokens a second; None: no floors
     realism: float  # accepted drafts by expected ones
@@ -41,20 +42,21 @@ class Outlook(NamedTuple):
 
 def weigh(prospect: Prospect) -> Outlook:
     """Price and capacity of the batch's next drafting round."""
-    weight_R, survival_RHG = prospect.weight_R, prospect.survival_RHG
-    requests = len(survival_RHG)
-    anchors = float(requests) if weight_R is None else float(weight_R.sum())
-    value_RHG = survival_RHG if weight_R is None else survival_RHG * weight_R[:, None, None]
-    return _everything(prospect, value_RHG, anchors) or _best_total(prospect, value_RHG, anchors)
+    weight_R, value_SHG = prospect.weight_R, prospect.survival_SHG
+    anchors = float(prospect.requests)
+    if weight_R is not None:
+        anchors = float(weight_R.sum())
+        value_SHG = value_SHG * weight_R[:, None, None]
+    return _everything(prospect, value_SHG, anchors) or _best_total(prospect, value_SHG, anchors)
 
 
-def _everything(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Outlook | None:
+def _everything(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Outlook | None:
     """The whole window, where even the least of it pays; without sorting anything."""
     total_N, drafts_N = prospect.totals
-    requests, rounds, gamma = value_RHG.shape
-    if prospect.floor_R is not None or drafts_N[-1] < requests * gamma:
+    whole = prospect.requests * value_SHG.shape[-1]
+    if prospect.floor_R is not None or drafts_N[-1] < whole:
         return None
-    smallest = prospect.realism * float(np.minimum.reduce(value_RHG[..., -1], axis=None))
+    smallest = prospect.realism * float(np.minimum.reduce(value_SHG[..., -1], axis=None))
     steepest = 0.0
     if len(total_N) > 1:
         slope_M = (prospect.seconds_N[1:] - prospect.seconds_N[:-1]) / (drafts_N[1:] - drafts_N[:-1])
@@ -62,29 +64,31 @@ def _everything(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Ou
     seconds = float(prospect.seconds_N[-1])
     if anchors / seconds * steepest > smallest:
         return None
-    tokens = anchors + prospect.realism / rounds * float(np.add.reduce(value_RHG, axis=None))
+    tokens = anchors + prospect.realism * whole / value_SHG.size * float(np.add.reduce(value_SHG, axis=None))
     rate = tokens / seconds
     # If every step up to it pays at the rate of the whole window, then no smaller total has a better rate.
     if rate * steepest > smallest:
         return None
     advantage = rate * prospect.plain_seconds / anchors
-    return Outlook(0.0, requests * gamma, "bypass", tokens, seconds, advantage)
+    return Outlook(0.0, whole, "bypass", tokens, seconds, advantage)
 
 
-def _best_total(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Outlook:
+def _best_total(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Outlook:
     """The total with the best rate, and the price of a token around it."""
     total_N, drafts_N = prospect.totals
     seconds_N = prospect.seconds_N
-    requests, rounds, gamma = value_RHG.shape
-    scale = prospect.realism / rounds
-    sorted_value = np.sort(value_RHG, axis=None)
-    tokens_N = anchors + scale * gain_curve(sorted_value, drafts_N * rounds)
+    whole = prospect.requests * value_SHG.shape[-1]
+    times = value_SHG.size / whole  # values a drafted token of the batch
+    scale = prospect.realism / times
+    sorted_value = np.sort(value_SHG, axis=None)
+    take_N = (drafts_N * times).astype(np.int64)
+    tokens_N = anchors + scale * gain_curve(sorted_value, take_N)
     rate_N = tokens_N / seconds_N
     plain_rate = anchors / prospect.plain_seconds
     if prospect.floor_R is None:
         best, share, plain_share = int(rate_N.argmax()), math.inf, math.inf
     else:
-        best, share, plain_share = _within_floors(prospect, prospect.floor_R, value_RHG, sorted_value, rate_N)
+        best, share, plain_share = _within_floors(prospect, prospect.floor_R, value_SHG, sorted_value, rate_N)
     capacity = int(drafts_N[best])
     if prospect.tiered:
         price, tokens, seconds = 0.0, float(tokens_N[best]), float(seconds_N[best])
@@ -94,9 +98,9 @@ def _best_total(prospect: Prospect, value_RHG: np.ndarray, anchors: float) -> Ou
         price = max(float(rate_N[best]), plain_rate) * slope / prospect.realism
         first = int(sorted_value.searchsorted(np.float32(price)))
         tokens = anchors + scale * float(np.add.reduce(sorted_value[first:]))
-        seconds = float(seconds_N[best]) + slope * ((sorted_value.size - first) / rounds - capacity)
+        seconds = float(seconds_N[best]) + slope * ((sorted_value.size - first) / times - capacity)
         if prospect.floor_R is None:
-            capacity = requests * gamma
+            capacity = whole
     reason = "floor-unmet" if share < 1.0 else "tier" if prospect.tiered else "price"
     advantage = tokens / seconds / plain_rate
     if min(share, plain_share) < 1.0:  # a floor goes before the rate
@@ -113,7 +117,7 @@ def _within_floors(
     rounds = value_RHG.shape[1]
     take_N = prospect.totals.drafts_N * rounds
     cut_N = np.where(take_N > 0, sorted_value[np.minimum(sorted_value.size - take_N, sorted_value.size - 1)], np.inf)
-    expected_RHG = prospect.realism * prospect.survival_RHG
+    expected_RHG = prospect.realism * prospect.survival_SHG
     share_N = worst_share(floor_R, expected_RHG, value_RHG, cut_N, prospect.seconds_N)
     kept_N = share_N >= 1.0
     best = int(np.where(kept_N, rate_N, -np.inf).argmax()) if kept_N.any() else int(share_N.argmax())

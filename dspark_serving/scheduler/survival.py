@@ -143,26 +143,27 @@ class HostHistory:
         """Requests for which nothing was drafted lately."""
         return batch.requests - int(np.count_nonzero(self._known(batch)))
 
-    def sample(self, batch: Batch, fewest: int, most: int, prior_G: np.ndarray) -> np.ndarray:
-        """Survivals of earlier rounds of each request, the latest first, [R, H, G] float32.
+    def sample(self, batch: Batch, fewest: int, most: int, prior_G: np.ndarray, step: int = 1) -> np.ndarray:
+        """Survivals of earlier rounds of every `step`-th request, the latest first, [S, H, G] float32.
 
-        H is as many rounds as are known of any request, within `fewest` and `most` (and the depth). Rounds of a
-        request that are not known have the prior's survivals instead.
+        Another `step`-th of the requests is taken each round. H is as many rounds as are known of any of them, within
+        `fewest` and `most` (and the depth). Rounds of a request that are not known have the prior's survivals instead.
         """
-        slots_R = batch.slots_R
-        known_R = self._known(batch)
+        chosen = slice(self._now % step, None, step)
+        slots_S = batch.slots_R[chosen]
+        known_S = self._generation.take(slots_S) == batch.generations_R[chosen]
         if most == 1:
-            rows_RG = self._latest.take(slots_R, axis=0)
-            if np.count_nonzero(known_R) < len(slots_R):
-                rows_RG[~known_R] = prior_G
-            return rows_RG[:, None]
-        depth_R = self._written[slots_R] * known_R
-        rounds = min(max(int(depth_R.max()), fewest), most, self._depth)
+            rows_SG = self._latest.take(slots_S, axis=0)
+            if np.count_nonzero(known_S) < len(slots_S):
+                rows_SG[~known_S] = prior_G
+            return rows_SG[:, None]
+        depth_S = self._written[slots_S] * known_S
+        rounds = min(max(int(depth_S.max()), fewest), most, self._depth)
         back_H = np.arange(1, rounds + 1)
-        row_RH = slots_R[:, None] * self._depth + (self._written[slots_R][:, None] - back_H) % self._depth
-        rows_RHG = self._rows.take(row_RH, axis=0)
-        rows_RHG[depth_R[:, None] < back_H] = prior_G
-        return rows_RHG
+        row_SH = slots_S[:, None] * self._depth + (self._written[slots_S][:, None] - back_H) % self._depth
+        rows_SHG = self._rows.take(row_SH, axis=0)
+        rows_SHG[depth_S[:, None] < back_H] = prior_G
+        return rows_SHG
 
     def _known(self, batch: Batch) -> np.ndarray:
         """Whether the slot's rows belong to this request, [R] bool."""

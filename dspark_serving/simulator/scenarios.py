@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dspark_serving.simulator.worlds import Domain, Machine, World, ramp, square, still, there_and_back
+from dspark_serving.simulator.worlds import Domain, Machine, World, ramp, square, still, there_and_back, visits
 
 CAPTURED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 """Batch sizes; SGLang captures tiers of (gamma + 1) times these token totals."""
@@ -69,6 +69,14 @@ SCENARIOS: tuple[World, ...] = (
     _moving(_cpu("cpu-context", 8, CHAT), prompt=(64, 128), output=(2000, 4000), rounds=4000),
     _moving(_gpu("gpu-bursts", 2, MATH, CHAT), requests=square(2, 128, 6)),
     _moving(_cpu("cpu-bursts", 1, MATH, CHAT), requests=square(1, 24, 6)),
+    # A load test passing by: every load for about 30 rounds, with easy, middling and hopeless texts in turn.
+    _moving(
+        _cpu("cpu-visits", 1, CHAT),
+        requests=visits(*(1, 2, 4, 8, 16, 32) * 6),
+        easier=visits(*(level for level in (1.8, 0.6, -0.3, -1.0, -1.5, -2.2) for _ in range(6))),
+        output=(32, 32),
+        rounds=1600,
+    ),
     _moving(_gpu("gpu-acceptance-drift", 96, CHAT), easier=there_and_back(1.5, -2.0)),
     _moving(_cpu("cpu-acceptance-drift", 8, CHAT), easier=there_and_back(1.5, -2.0)),
     _moving(_gpu("gpu-busy-machine", 64, MATH), busy=square(1.0, 2.5, 3)),

@@ -39,6 +39,11 @@ def square(low: float, high: float, periods: int) -> Moving:
     return lambda progress: high if (progress * periods) % 1.0 >= 0.5 else low
 
 
+def visits(*values: float) -> Moving:
+    """Each value for an equal share of the time, in this order."""
+    return lambda progress: values[min(int(progress * len(values)), len(values) - 1)]
+
+
 @dataclass(frozen=True)
 class Machine:
     """The true cost of a round: max(memory, tokens * compute) in waves, plus host, attention and the draft pass."""
