@@ -118,9 +118,10 @@ def _errors(outcome: Outcome, profiled: CostModel) -> Iterator[Error]:
     context = int(batch.context_R.sum())
     if plan.drafts:
         tokens_N = outcome.verify_lens_R.sum(keepdims=True)
-        start = profiled.draft(batch.requests) + float(profiled.verify(batch.requests, tokens_N, context)[0])
+        start = profiled.draft(batch.requests, batch.sampled)
+        start += float(profiled.verify(batch.requests, tokens_N, context, batch.sampled)[0])
     else:
-        start = profiled.plain(batch.requests, context)
+        start = profiled.plain(batch.requests, context, batch.sampled)
     for phase, predicted in (("start", start), ("online", plan.expected_seconds)):
         if predicted == predicted:  # not nan
             yield Error(phase, batch.requests, plan.drafts, abs(predicted - outcome.seconds) / outcome.seconds)

@@ -19,30 +19,38 @@ class World:
     tiers: tuple[int, ...] | None = None
     context_slope: float = 2e-6
     speed: float = 1.0  # factor on every time
+    sampled_token: float = 0.0  # seconds more of a verified token of a sampled request; twice that in its draft pass
     noise: float = 0.05
     poison: float = 0.0  # share of rounds that something else makes 3-20x slower
 
-    def draft(self, requests: int) -> float:
-        return self.speed * (0.009 + 0.0013 * requests)
+    def draft(self, requests: int, sampled: int = 0) -> float:
+        return self.speed * (0.009 + 0.0013 * requests + 2 * self.sampled_token * sampled)
 
-    def verify(self, requests: int, tokens: int, context: int) -> float:
+    def verify(self, requests: int, tokens: int, context: int, sampled: int = 0) -> float:
         padded = next((tier for tier in self.tiers or () if tier >= tokens), tokens)
         tokens_cost = 0.066 + 0.0035 * padded if self.tiers is None else 0.02 + 0.006 * padded**0.7
+        tokens_cost += self.sampled_token * tokens * sampled / requests
         return self.speed * (tokens_cost + 0.004 * (requests - 1) + self.context_slope * context)
 
-    def plain(self, requests: int, context: int) -> float:
-        return self.verify(requests, requests, context) - self.speed * 0.005
+    def plain(self, requests: int, context: int, sampled: int = 0) -> float:
+        return self.verify(requests, requests, context, sampled) - self.speed * 0.005
 
     def round(
-        self, rng: np.random.Generator, requests: int, tokens: int, context: int, drafted: bool = True
+        self,
+        rng: np.random.Generator,
+        requests: int,
+        tokens: int,
+        context: int,
+        drafted: bool = True,
+        sampled: int = 0,
     ) -> CostSample:
         """A measured round."""
-        rest = self.verify(requests, tokens, context) if drafted else self.plain(requests, context)
+        rest = self.verify(requests, tokens, context, sampled) if drafted else self.plain(requests, context, sampled)
         rest *= float(np.exp(rng.normal(0, self.noise)))
         if rng.random() < self.poison:
             rest *= rng.uniform(3, 20)
-        draft = self.draft(requests) * float(np.exp(rng.normal(0, self.noise))) if drafted else 0.0
-        return CostSample(requests, tokens, context, draft, draft + rest, drafted)
+        draft = self.draft(requests, sampled) * float(np.exp(rng.normal(0, self.noise))) if drafted else 0.0
+        return CostSample(requests, tokens, context, draft, draft + rest, drafted, sampled)
 
     def profile(
         self, rng: np.random.Generator, requests: Sequence[int] = (1, 4, 8, 16), repetitions: int = 2

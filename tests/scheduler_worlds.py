@@ -26,17 +26,17 @@ class LinearCosts(CostModel):
     def known(self) -> bool:
         return True
 
-    def draft(self, requests: int) -> float:
+    def draft(self, requests: int, sampled: int = 0) -> float:
         return self.draft_seconds
 
-    def verify(self, requests: int, tokens_N: np.ndarray, context: int) -> np.ndarray:
+    def verify(self, requests: int, tokens_N: np.ndarray, context: int, sampled: int = 0) -> np.ndarray:
         if self.tiers is not None:
             ends = np.array([*self.tiers, 1 << 30])
             end_N = ends[np.searchsorted(ends[:-1], tokens_N)]
             tokens_N = np.where(end_N < 1 << 30, end_N, tokens_N)
         return self.base + self.per_token * np.asarray(tokens_N, dtype=np.float64)
 
-    def plain(self, requests: int, context: int) -> float:
+    def plain(self, requests: int, context: int, sampled: int = 0) -> float:
         return float(self.verify(requests, np.array([requests]), context)[0])
 
     def observe(self, *args: object, **kwargs: object) -> None:

@@ -46,6 +46,23 @@ def test_fit_survives_outliers_in_the_profile(seed: int) -> None:
     assert np.median(World().errors(model)) < 0.06
 
 
+def test_what_sampling_adds_is_told_apart_and_carries_over_to_other_batches() -> None:
+    world, rng = World(noise=0.02, sampled_token=0.002), np.random.default_rng(0)
+    greedy = world.profile(rng)
+    sampled = [world.round(rng, 8, tokens, 2000, drafted=tokens > 8, sampled=8) for tokens in (8, 8, 24, 24, 48, 48)]
+    model = CostModel.fit([*greedy, *sampled])
+    assert np.median(world.errors(model)) < 0.05
+    for requests, share in ((2, 2), (16, 4), (16, 16)):
+        total = 4 * requests
+        expected = world.verify(requests, total, 400 * requests, share)
+        assert model.verify(requests, np.array([total]), 400 * requests, share)[0] == pytest.approx(expected, rel=0.08)
+        assert model.draft(requests, share) == pytest.approx(world.draft(requests, share), rel=0.15)
+        plain = world.plain(requests, 400 * requests, share)
+        assert model.plain(requests, 400 * requests, share) == pytest.approx(plain, rel=0.12)
+    # A model that was never told of sampled rounds is off by what they add.
+    assert CostModel.fit(greedy).verify(16, np.array([64]), 6400, 16)[0] < 0.75 * world.verify(16, 64, 6400, 16)
+
+
 def test_tiers_round_up_and_beyond_the_last_one_every_token_costs() -> None:
     world = World(TIERS)
     model = CostModel.fit(world.profile(np.random.default_rng(0)), TIERS)
@@ -134,6 +151,7 @@ def test_sureness_falls_with_distance_from_the_measured_points() -> None:
         CostSample(1, 2, 100, 0.0, 0.1, False),
         CostSample(4, 2, 100, 0.01, 0.1, True),
         CostSample(0, 0, 100, 0.01, 0.1, True),
+        CostSample(2, 6, 100, 0.01, 0.1, True, 3),
         CostSample(1, 6, -1, 0.01, 0.1, True),
     ],
 )

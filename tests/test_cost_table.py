@@ -68,7 +68,7 @@ def damaged(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"format": "other"}, "format"),
         ({"samples": []}, "no cost samples"),
         ({"samples": [[1, 6, 100, 0.01, -0.1, True]]}, "impossible cost sample"),

@@ -125,10 +125,10 @@ def test_the_total_of_a_tier_is_known_beforehand(confidence_RG: np.ndarray) -> N
 class AppendixCosts(LinearCosts):
     """1.0, 0.5 and 0.45 steps a second for 1, 2 and 3 tokens."""
 
-    def draft(self, requests: int) -> float:
+    def draft(self, requests: int, sampled: int = 0) -> float:
         return 0.0
 
-    def verify(self, requests: int, tokens_N: np.ndarray, context: int) -> np.ndarray:
+    def verify(self, requests: int, tokens_N: np.ndarray, context: int, sampled: int = 0) -> np.ndarray:
         seconds: np.ndarray = np.array([math.inf, 1.0, 2.0, 1 / 0.45])[tokens_N]
         return seconds
 

@@ -26,8 +26,8 @@ from dspark_serving.scheduler.survival import AcceptancePrior, HostHistory, Reca
 logger = logging.getLogger(__name__)
 
 _ROWS = 64
-"""Requests' rounds by which a batch is judged, at least: one request is judged by its last 32 rounds, 64 by the last one
-of each, more by that of every second, third, ... in turn."""
+"""Requests' rounds by which a batch is judged, at least: one request is judged by its last 32, 64 requests by the last
+one of each, more of them by that of every second, third, ... in turn."""
 
 
 @dataclass
@@ -72,15 +72,15 @@ class AdaptivePolicy:
         self._prior = AcceptancePrior(gamma)
         self._history = HostHistory(gamma, slots)
         self._floors = SpeedFloors(slots, everyone=speed_floor)
-        self._realism = SlowRatio(strength=16.0, memory=512.0)
+        self._greedy_realism = SlowRatio(strength=16.0, memory=512.0)
+        self._sampled_realism = SlowRatio(strength=16.0, memory=512.0)
         self._draft_time, self._plain_time = TimeBias(), TimeBias()
         self._totals: dict[int, Totals] = {}
         self._warned: set[str] = set()
 
-    @property
-    def realism(self) -> float:
-        """Accepted drafts by expected ones, lately: 1 when the confidences are right."""
-        return self._realism.value
+    def realism(self, *, sampled: bool) -> float:
+        """Accepted drafts by expected ones, lately, of sampled or greedy traffic: 1 when the confidences are right."""
+        return (self._sampled_realism if sampled else self._greedy_realism).value
 
     @property
     def prior_survival_G(self) -> np.ndarray:
@@ -101,11 +101,11 @@ class AdaptivePolicy:
         looking = self._gate.looking
         newcomers = self._history.newcomers(batch) if self._gate.resting else 0
         if self._gate.rests(requests, context, newcomers):
-            return self._plain(requests, context, "off")
+            return self._plain(requests, context, batch.sampled, "off")
         outlook = weigh(self._prospect(batch, context))
         verdict = self._gate.decide(outlook.advantage, requests, context)
         if verdict in ("off", "plain-probe"):
-            return self._plain(requests, context, "off" if verdict == "off" else "probe")
+            return self._plain(requests, context, batch.sampled, "off" if verdict == "off" else "probe")
         plan = Plan(True, outlook.price, outlook.capacity, outlook.reason, outlook.tokens, outlook.seconds)
         self.incidents.unmet_floors += outlook.reason == "floor-unmet"
         if verdict == "probe" and not looking:
@@ -115,18 +115,18 @@ class AdaptivePolicy:
             return plan._replace(price=0.5 * plan.price, reason=verdict)
         return plan
 
-    def _plain(self, requests: int, context: int, reason: str) -> Plan:
-        seconds = self._plain_time.value * self._cost.plain(requests, context)
+    def _plain(self, requests: int, context: int, sampled: int, reason: str) -> Plan:
+        seconds = self._plain_time.value * self._cost.plain(requests, context, sampled)
         return Plan(False, 0.0, 0, reason, float(requests), seconds)
 
     def _prospect(self, batch: Batch, context: int) -> Prospect:
         """What earlier rounds and the cost model say of this batch."""
-        requests = batch.requests
+        requests, sampled = batch.requests, batch.sampled
         totals = self._totals.get(requests)
         if totals is None:
             totals = self._totals[requests] = candidate_totals(requests, self._gamma, self._cost.tiers)
         seconds_N = self._draft_time.value * (
-            self._cost.verify(requests, totals.total_N, context) + self._cost.draft(requests)
+            self._cost.verify(requests, totals.total_N, context, sampled) + self._cost.draft(requests, sampled)
         )
         floor_R = self._floors.of(batch)
         weight_R = self._floors.weights(batch, floor_R)
@@ -135,10 +135,10 @@ class AdaptivePolicy:
             self._expected_survivals(batch, sampled=floor_R is None and weight_R is None),
             weight_R,
             floor_R,
-            self._realism.value,
+            self.realism(sampled=2 * sampled > requests),
             totals,
             seconds_N,
-            self._plain_time.value * self._cost.plain(requests, context),
+            self._plain_time.value * self._cost.plain(requests, context, sampled),
             self._cost.tiers is not None,
         )
 
@@ -197,7 +197,8 @@ class AdaptivePolicy:
         elif self._calibration is not None:
             self._calibration.observe(raw_RG, outcome.verify_lens_R, outcome.accepted_R, batch.temperature_R)
         expected = float(np.where(verified_RG, survival_RG, 0.0).sum())
-        self._realism.observe(float(outcome.accepted_R.sum()), expected)
+        realism = self._sampled_realism if 2 * batch.sampled > batch.requests else self._greedy_realism
+        realism.observe(float(outcome.accepted_R.sum()), expected)
         self._prior.observe(confidence_RG, outcome.verify_lens_R, outcome.accepted_R)
         self._history.observe(batch, survival_RG)
 
@@ -207,15 +208,15 @@ class AdaptivePolicy:
             self._reject("impossible times of a round")
             return
         batch = outcome.batch
-        requests, context = batch.requests, int(batch.context_R.sum())
+        requests, context, sampled = batch.requests, int(batch.context_R.sum()), batch.sampled
         tokens = int(outcome.verify_lens_R.sum())
-        self._cost.observe(requests, tokens, context, draft_seconds, seconds, drafted)
+        self._cost.observe(requests, tokens, context, draft_seconds, seconds, drafted, sampled)
         # Against the refined model: what it learns by itself needs no second correction.
         if self._cost.known and drafted:
-            verify = float(self._cost.verify(requests, np.array([tokens]), context)[0])
-            self._draft_time.observe(seconds, verify + self._cost.draft(requests))
+            verify = float(self._cost.verify(requests, np.array([tokens]), context, sampled)[0])
+            self._draft_time.observe(seconds, verify + self._cost.draft(requests, sampled))
         elif self._cost.known:
-            self._plain_time.observe(seconds, self._cost.plain(requests, context))
+            self._plain_time.observe(seconds, self._cost.plain(requests, context, sampled))
         self._floors.observe(batch, outcome.accepted_R + 1, seconds)
 
     def _reject(self, what: str) -> None:

@@ -39,7 +39,7 @@ class CostModel:
         self.rejected = 0
         """Observations with impossible times or sizes: counted, otherwise ignored."""
         self._curves = curves
-        self._context_slope = 0.0  # as it is now, after refinement
+        self._speed = 1.0  # of all times, by what was measured lately
         self._tier_ends = np.array([*(self.tiers or ()), 0])  # the last one: beyond all tiers, nothing rounds up
         self._rows: dict[int, np.ndarray] = {}  # by requests: until the next observation
         self._drafts: dict[int, float] = {}
@@ -66,19 +66,20 @@ class CostModel:
         """False: no data; predictions are nan."""
         return self._curves is not None
 
-    def draft(self, requests: int) -> float:
-        """Seconds of the draft pass; 0 as long as none was ever measured, so that it gets tried."""
+    def draft(self, requests: int, sampled: int = 0) -> float:
+        """Seconds of the draft pass, `sampled` requests not being greedy; 0 until one is measured: it gets tried."""
         seconds = self._drafts.get(requests)
         if seconds is None:
             seconds = self._drafts[requests] = self._predict_draft(requests)
-        return seconds
+        return seconds + (sampled * self._curves.sampled.draft * self._speed if sampled and self._curves else 0.0)
 
-    def verify(self, requests: int, tokens_N: np.ndarray, context: int) -> np.ndarray:
+    def verify(self, requests: int, tokens_N: np.ndarray, context: int, sampled: int = 0) -> np.ndarray:
         """Seconds of the rest of the round (verify, accept, commit, host) for each total of verified tokens.
 
         Args:
             tokens_N: anchors included.
             context: committed tokens, summed over the requests.
+            sampled: requests that are not greedy; they are taken to have their share of the tokens.
         """
         if self._curves is None:
             return np.full(len(tokens_N), np.nan)
@@ -87,14 +88,19 @@ class CostModel:
         row_B = self._rows.get(requests)
         if row_B is None:
             row_B = self._rows[requests] = self._predict_row(self._curves, requests)
-        return np.interp(tokens_N, self._nodes_B, row_B) + self._context_slope * context
+        seconds_N = np.interp(tokens_N, self._nodes_B, row_B) + self._curves.context_slope * self._speed * context
+        if sampled:
+            seconds_N += self._curves.sampled.verify * self._speed * sampled / requests * tokens_N
+        return seconds_N
 
-    def plain(self, requests: int, context: int) -> float:
+    def plain(self, requests: int, context: int, sampled: int = 0) -> float:
         """Seconds of a round without drafts."""
+        if self._curves is None:
+            return math.nan
         seconds = self._plains.get(requests)
         if seconds is None:
             seconds = self._plains[requests] = self._predict_plain(requests)
-        return seconds + self._context_slope * context
+        return seconds + self._speed * (self._curves.context_slope * context + self._curves.sampled.plain * sampled)
 
     def sureness(self, requests: int, tokens: int) -> float:
         """Relative standard deviation of `verify`'s prediction; inf without data."""
@@ -103,7 +109,14 @@ class CostModel:
         return self._rest.sureness(np.array([math.log2(requests), math.log2(round_up(tokens, self.tiers)), 0.0]))
 
     def observe(
-        self, requests: int, tokens: int, context: int, draft_seconds: float, seconds: float, drafted: bool
+        self,
+        requests: int,
+        tokens: int,
+        context: int,
+        draft_seconds: float,
+        seconds: float,
+        drafted: bool,
+        sampled: int = 0,
     ) -> None:
         """Refine from a measured round; impossible values are counted in `rejected`."""
         rest = seconds - draft_seconds if drafted else seconds
@@ -116,15 +129,15 @@ class CostModel:
         if curves is None:
             return
         if drafted:
-            predicted = float(self.verify(requests, np.array([tokens]), context)[0])
+            predicted = float(self.verify(requests, np.array([tokens]), context, sampled)[0])
             if curves.draft is None:
                 self._curves = curves._replace(draft=Curve([1], [draft_seconds * math.exp(-self._rest.shared)]))
                 self._drafts.clear()
-            self._drafting.observe(_nearest_octave(requests), math.log(draft_seconds / self.draft(requests)))
+            self._drafting.observe(_nearest_octave(requests), math.log(draft_seconds / self.draft(requests, sampled)))
         else:
-            predicted = self.plain(requests, context)
+            predicted = self.plain(requests, context, sampled)
         self._rest.observe(self._node(requests, tokens, drafted), math.log(rest / predicted))
-        self._context_slope = curves.context_slope * math.exp(self._rest.shared)
+        self._speed = math.exp(self._rest.shared)
         for predictions in (self._rows, self._drafts, self._plains):
             predictions.clear()
 
@@ -141,7 +154,6 @@ class CostModel:
         self._drafting = Refiner(np.array(octaves_M, dtype=np.float64)[:, None], 2 * scale)
         self._local_MB = self._rest.local_N[: len(drafting)].reshape(REQUEST_OCTAVES, len(nodes))  # views, which
         self._plain_M = self._rest.local_N[len(drafting) :]  # follow the refiner
-        self._context_slope = curves.context_slope
         for sample in self.samples:
             self._rest.mark_measured(self._node(sample.requests, sample.tokens, sample.drafted))
 
@@ -155,9 +167,7 @@ class CostModel:
 
     def _predict_plain(self, requests: int) -> float:
         """Without the context."""
-        if self._curves is None:
-            return math.nan
-        if self._curves.plain is None:
+        if self._curves is None or self._curves.plain is None:
             return float(self.verify(requests, np.array([requests]), 0)[0])
         correction = self._rest.shared + _between_octaves(self._plain_M, requests)
         base = self._curves.plain(round_up(requests, self.tiers)) + self._curves.host(requests)

@@ -35,6 +35,7 @@ class CostSample(NamedTuple):
     draft_seconds: float  # 0 when drafted is False
     seconds: float  # of the whole round, draft pass included
     drafted: bool
+    sampled: int = 0  # requests that are not greedy
 
 
 class Curve:
@@ -59,6 +60,14 @@ class Curve:
         return (self.ys[-1] - self.ys[-2]) / (self.xs[-1] - self.xs[-2]) if len(self.xs) > 1 else 0.0
 
 
+class SampledCost(NamedTuple):
+    """What drawing tokens from distributions adds, in seconds >= 0: softmaxes over the vocabulary, rejection."""
+
+    draft: float = 0.0  # of a sampled request, in the draft pass
+    verify: float = 0.0  # of a verified token of a sampled request
+    plain: float = 0.0  # of a sampled request, in a round without drafts
+
+
 class CostCurves(NamedTuple):
     """seconds = host(R) + context_slope * context, plus draft(R) + verify(B), or plain(R) in a round without drafts."""
 
@@ -67,7 +76,8 @@ class CostCurves(NamedTuple):
     context_slope: float  # >= 0, seconds per committed token of the batch
     draft: Curve | None  # by requests; None: no sample drafted
     plain: Curve | None  # by tokens (one a request); None: every sample drafted
-    relative_residuals_N: np.ndarray  # measured / fitted - 1 of each sample, draft pass left out
+    relative_residuals_N: np.ndarray  # measured / fitted - 1 of each greedy sample, draft pass left out
+    sampled: SampledCost = SampledCost()  # on top, for requests that are not greedy
 
 
 def round_up(tokens: int, tiers: Sequence[int] | None) -> int:
@@ -80,6 +90,8 @@ def round_up(tokens: int, tiers: Sequence[int] | None) -> int:
 def fit_curves(samples: Sequence[CostSample], tiers: Sequence[int] | None = None) -> CostCurves:
     """Monotone curves through the samples: robust least squares of relative errors with non-negative increments.
 
+    Rounds with sampled requests tell what sampling adds to greedy ones; without any greedy one they are the curves.
+
     Args:
         samples: a few dozen; noise and some outliers are expected.
         tiers: ascending captured token totals, which the tokens are rounded up to.
@@ -88,6 +100,31 @@ def fit_curves(samples: Sequence[CostSample], tiers: Sequence[int] | None = None
         DataError: no samples, or one that cannot have been measured.
     """
     check_samples(samples)
+    greedy = [sample for sample in samples if not sample.sampled]
+    if not greedy:
+        return _fit_curves(samples, tiers)
+    curves = _fit_curves(greedy, tiers)
+    return curves._replace(sampled=_fit_sampled(curves, [sample for sample in samples if sample.sampled], tiers))
+
+
+def _fit_sampled(curves: CostCurves, samples: Sequence[CostSample], tiers: Sequence[int] | None) -> SampledCost:
+    """Medians of what sampled rounds took longer than greedy ones would have."""
+    draft, verify, plain = [], [], []
+    for sample in samples:
+        host = curves.host(sample.requests) + curves.context_slope * sample.context
+        forward = curves.verify if sample.drafted or curves.plain is None else curves.plain
+        more = sample.seconds - sample.draft_seconds - host - forward(round_up(sample.tokens, tiers))
+        if not sample.drafted:
+            plain.append(more / sample.sampled)
+            continue
+        verify.append(more * sample.requests / (sample.sampled * sample.tokens))
+        if curves.draft is not None:
+            draft.append((sample.draft_seconds - curves.draft(sample.requests)) / sample.sampled)
+    parts = (draft, verify, plain or verify)  # a plain round verifies its anchors
+    return SampledCost(*(max(float(np.median(part)), 0.0) if part else 0.0 for part in parts))
+
+
+def _fit_curves(samples: Sequence[CostSample], tiers: Sequence[int] | None) -> CostCurves:
     requests_N, _, context_N, draft_N, seconds_N = np.array([sample[:5] for sample in samples], dtype=np.float64).T
     tokens_N = np.array([round_up(sample.tokens, tiers) for sample in samples], dtype=np.float64)
     drafted_N = np.array([sample.drafted for sample in samples])
@@ -122,12 +159,13 @@ def check_samples(samples: Sequence[CostSample]) -> None:
     for sample in samples:
         times = np.isfinite([sample.draft_seconds, sample.seconds]).all()
         draft_fits = (sample.draft_seconds > 0) == sample.drafted and 0 <= sample.draft_seconds < sample.seconds
-        tokens_fit = sample.tokens >= sample.requests >= 1 and (sample.drafted or sample.tokens == sample.requests)
+        tokens_fit = sample.tokens >= sample.requests >= max(sample.sampled, 1) and sample.sampled >= 0
+        tokens_fit &= sample.drafted or sample.tokens == sample.requests
         if not (times and draft_fits and tokens_fit and sample.context >= 0):
             raise DataError(
                 f"impossible cost sample {tuple(sample)}",
-                expected="1 <= requests <= tokens (equal when nothing was drafted), context >= 0, finite times with "
-                "0 <= draft_seconds < seconds, and draft_seconds > 0 exactly when drafted",
+                expected="1 <= requests <= tokens (equal when nothing was drafted), 0 <= sampled <= requests, "
+                "context >= 0, finite times with 0 <= draft_seconds < seconds, draft_seconds > 0 exactly when drafted",
                 fix="Measure the engine again.",
             )
 

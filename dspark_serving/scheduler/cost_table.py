@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from dspark_serving.errors import DataError
 from dspark_serving.scheduler.cost import CostModel, CostSample
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIX = "Delete the file; the next start of the server measures again."
 
 

@@ -9,6 +9,10 @@ from typing import Literal
 Verdict = Literal["draft", "off", "warm-up", "probe", "plain-probe"]
 
 
+_SPREAD = 0.6
+"""Relative uncertainty of the advantage after a single round of a single request, with some reserve."""
+
+
 class _State(Enum):
     WARMING = 1  # too little seen to judge
     DRAFTING = 2
@@ -92,7 +96,7 @@ class DraftGate:
         self._drafted += drafted
 
     def _while_drafting(self, advantage: float, requests: int, context: int) -> Verdict:
-        if advantage < 1.0 and self._judges(requests):
+        if advantage * (1.0 + self._doubt(requests)) < 1.0:
             if self._by_prediction and self._drafted < 32:
                 self._jump_margin = min(2 * self._jump_margin, 0.5)  # a wrong start: the next one must be clearer
             self._rest(requests, context)
@@ -133,6 +137,10 @@ class DraftGate:
 
     def _judges(self, requests: int) -> bool:
         return self._drafted >= min(16, math.ceil(self._evidence / requests))
+
+    def _doubt(self, requests: int) -> float:
+        """By how much the advantage may be underrated: a clear case is judged early, a close one by all evidence."""
+        return 0.0 if self._judges(requests) else _SPREAD / math.sqrt(max(self._drafted * requests, 1))
 
     def _rest(self, requests: int, context: int) -> None:
         self._enter(_State.RESTING)

@@ -26,6 +26,11 @@ class Batch(NamedTuple):
         """R."""
         return len(self.slots_R)
 
+    @property
+    def sampled(self) -> int:
+        """Requests that are not greedy."""
+        return int(np.count_nonzero(self.temperature_R))
+
     @classmethod
     def ordinary(cls, slots_R: np.ndarray, context_R: np.ndarray, generations_R: np.ndarray | None = None) -> Batch:
         """Greedy requests of equal weight without floors."""

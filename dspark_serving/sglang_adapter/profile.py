@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sglang.srt.managers.overlap_utils import resolve_forward_inputs
@@ -31,6 +31,14 @@ _LAST = 0.1  # share of the bound that is left to the measurement under way when
 _REPEATS = 2
 _SHORT, _LONG = 24, 256  # tokens of the synthetic prompts
 _SEED = 7
+
+
+class _Group(NamedTuple):
+    """Synthetic requests that are measured together."""
+
+    requests: int
+    prompt: int  # tokens of each
+    temperature: float = 0.0
 
 
 class _FixedPolicy(FullPolicy):
@@ -62,8 +70,8 @@ def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSamp
     deadline = started + (1.0 - _LAST) * seconds
     samples: list[CostSample] = []
     try:
-        for requests, prompt in _groups(scheduler):
-            samples += _profile_group(scheduler, requests, prompt, deadline)
+        for group in _groups(scheduler):
+            samples += _profile_group(scheduler, group, deadline)
             if worker.any_rank_past(deadline):
                 break
     finally:
@@ -74,32 +82,35 @@ def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSamp
     return samples
 
 
-def _groups(scheduler: Any) -> list[tuple[int, int]]:
-    """(requests, prompt tokens): batch sizes from the ends inwards, one of them with a long context too."""
+def _groups(scheduler: Any) -> list[_Group]:
+    """Batch sizes from the ends inwards; one of them sampled too, and one with a long context."""
     room = scheduler.max_total_num_tokens // 2
     width = 2 * scheduler.draft_worker.verify_num_draft_tokens
     most = max(1, min(scheduler.max_running_requests, room // (_SHORT + width)))
     sizes = [size for size in (1, most, 4, most // 2, 8, 2, most // 4) if 1 <= size <= most]
-    groups = [(size, _SHORT) for size in dict.fromkeys(sizes)]
+    groups = [_Group(size, _SHORT) for size in dict.fromkeys(sizes)]
+    groups.insert(3, _Group(min(8, most), _SHORT, temperature=1.0))
     if room >= 4 * (_LONG + width):
-        groups.insert(3, (4, _LONG))
+        groups.insert(4, _Group(4, _LONG))
     return groups
 
 
-def _profile_group(scheduler: Any, requests: int, prompt: int, deadline: float) -> list[CostSample]:
-    reqs = _synthetic_requests(scheduler, requests, prompt)
+def _profile_group(scheduler: Any, group: _Group, deadline: float) -> list[CostSample]:
+    reqs = _synthetic_requests(scheduler, group)
     try:
-        return _time_rounds(scheduler, _prefill(scheduler, reqs), deadline)
+        samples = _time_rounds(scheduler, _prefill(scheduler, reqs), deadline)
+        return [sample._replace(sampled=group.requests) for sample in samples] if group.temperature else samples
     finally:
         for req in reqs:
             release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
 
 
-def _synthetic_requests(scheduler: Any, requests: int, prompt: int) -> list[Req]:
+def _synthetic_requests(scheduler: Any, group: _Group) -> list[Req]:
+    prompt = group.prompt
     rng = np.random.default_rng(_SEED + prompt)
     reqs = []
-    for i in range(requests):
-        params = SamplingParams(temperature=0.0, max_new_tokens=prompt)
+    for i in range(group.requests):
+        params = SamplingParams(temperature=group.temperature, max_new_tokens=prompt)
         params.normalize(scheduler.tokenizer)
         ids = array("q", rng.integers(0, scheduler.model_config.vocab_size, size=prompt).tolist())
         req = Req(rid=f"dspark-profile-{i}", origin_input_text="", origin_input_ids=ids, sampling_params=params)

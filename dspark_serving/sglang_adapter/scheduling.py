@@ -63,7 +63,8 @@ class Repertoire:
                 found[f"calibration_error_position_{position}"] = error
         policy = self._made.get("adaptive")
         if isinstance(policy, AdaptivePolicy):
-            found["accepted_by_expected"] = policy.realism
+            found["accepted_by_expected_greedy"] = policy.realism(sampled=False)
+            found["accepted_by_expected_sampled"] = policy.realism(sampled=True)
             found |= {name: float(count) for name, count in vars(policy.incidents).items()}
         return found
 
