@@ -10,6 +10,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from prometheus_client import Counter, Gauge
 
+from dspark_serving.scheduler.cost_fit import round_up
 from dspark_serving.scheduler.round import Outcome
 
 P = ParamSpec("P")
@@ -35,6 +36,8 @@ class RoundStats:
         self.requests = 0
         self.tokens = 0
         self.verified_tokens = 0
+        self.padding_tokens = 0
+        self.tier_tokens = 0
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase].append(seconds)
@@ -60,15 +63,18 @@ class RoundStats:
         self._add("round", time.perf_counter() - start)
         self.rounds += 1
 
-    def count(self, outcome: Outcome) -> None:
-        """Count a finished round."""
+    def count(self, outcome: Outcome, tiers: tuple[int, ...] | None = None) -> None:
+        """Count a finished round; `tiers` are the captured token totals that verification is padded to."""
         requests = outcome.batch.requests
         tokens = int(outcome.accepted_R.sum()) + requests
         self._accepted.append((requests, tokens))
         self._reasons[outcome.plan.reason] += 1
         self.requests += requests
         self.tokens += tokens
-        self.verified_tokens += int(outcome.verify_lens_R.sum())
+        verified = int(outcome.verify_lens_R.sum())
+        self.tier_tokens = round_up(verified, tiers)
+        self.verified_tokens += verified
+        self.padding_tokens += self.tier_tokens - verified
 
     def newest(self, phase: str) -> float:
         """Seconds of the last time that `phase` ran; 0 before."""
@@ -93,6 +99,7 @@ class RoundStats:
             "request_rounds": self.requests,
             "output_tokens": self.tokens,
             "verified_tokens": self.verified_tokens,
+            "padding_tokens": self.padding_tokens,
             "phase_seconds_total": dict(self._total_seconds),
             "plans": dict(self._reasons),
             "accepted_length": self.accepted_length,
@@ -125,6 +132,8 @@ class ServerMetrics:
         self._facts = _gauge("dspark_scheduler", "State of the scheduler: what it has learned and counted", "fact")
         self._rounds = Counter("dspark_rounds", "Rounds by the reason of their plan", ["reason"])
         self._verified = Counter("dspark_verified_tokens", "Rows of verification forwards, anchors included")
+        self._padding = Counter("dspark_padding_tokens", "Rows that verification forwards were padded with")
+        self._tier = _gauge("dspark_tier_tokens", "Rows of the newest verification forward, padding included")
 
     def set_policy(self, name: str) -> None:
         """Show `name` as the policy in force."""
@@ -147,6 +156,9 @@ class ServerMetrics:
         self._capacity.set(plan.capacity)
         self._price.set(plan.price)
         self._rounds.labels(plan.reason).inc()
-        self._verified.inc(int(outcome.verify_lens_R.sum()))
+        verified = int(outcome.verify_lens_R.sum())
+        self._verified.inc(verified)
+        self._padding.inc(stats.tier_tokens - verified)
+        self._tier.set(stats.tier_tokens)
         for name, value in facts.items():
             self._facts.labels(name).set(value)

@@ -33,14 +33,19 @@ def make_case(
     capacity: int = 1000,
     live: int | None = None,
     weight_R: np.ndarray | None = None,
-    temperatures_G: np.ndarray | None = None,
+    line_2BG: np.ndarray | None = None,
+    band_R: np.ndarray | None = None,
 ) -> Case:
     requests, gamma = confidence_RG.shape
     weight_R = np.ones(requests) if weight_R is None else weight_R
-    temperatures_G = np.ones(gamma) if temperatures_G is None else temperatures_G
+    if line_2BG is None:
+        line_2BG = np.stack([np.ones((1, gamma)), np.zeros((1, gamma))])
+    band_R = np.zeros(requests) if band_R is None else band_R
     return {
         "confidence_RG": confidence_RG.astype(np.float32),
-        "temperatures_G": temperatures_G.astype(np.float32),
+        "factor_BG": line_2BG[0].astype(np.float32),
+        "addend_BG": line_2BG[1].astype(np.float32),
+        "band_R": band_R.astype(np.int32),
         "weight_R": weight_R.astype(np.float32),
         "price": np.array(price, dtype=np.float32),
         "capacity": np.array(capacity, dtype=np.int32),
@@ -57,13 +62,17 @@ def random_case(seed: int) -> Case:
     if seed % 3 == 0:
         bad_RG = rng.random((requests, gamma)) < 0.2
         confidence_RG[bad_RG] = rng.choice([np.nan, np.inf, -np.inf, -0.1, 1.5], int(bad_RG.sum()))
+    calibration = {}
+    if seed % 4 == 0:
+        line_2BG = np.stack([rng.uniform(0.5, 2.0, (3, gamma)), rng.uniform(-1.0, 1.0, (3, gamma))])
+        calibration = {"line_2BG": line_2BG, "band_R": rng.integers(0, 3, requests)}
     return make_case(
         confidence_RG,
         price=float(rng.choice([0.0, 0.1, 0.25, 0.6])),
         capacity=int(rng.integers(0, requests * gamma + 2)),
         live=int(rng.integers(0, requests + 1)) if seed % 5 == 0 else None,
         weight_R=rng.choice([0.5, 1.0, 2.0], requests),
-        temperatures_G=rng.uniform(0.5, 2.0, gamma) if seed % 4 == 0 else None,
+        **calibration,
     )
 
 
@@ -97,11 +106,12 @@ def brute_force(case: Case) -> dict[str, list[int]]:
     for r in range(live):
         value = case["weight_R"][r]
         for k in range(gamma):
-            confidence, temperature = case["confidence_RG"][r, k], float(case["temperatures_G"][k])
+            confidence, band = case["confidence_RG"][r, k], case["band_R"][r]
+            factor, addend = float(case["factor_BG"][band, k]), float(case["addend_BG"][band, k])
             if not 0 <= confidence <= 1:  # also true for NaN
                 confidence = np.float32(1.0)
-            elif temperature != 1.0 and 0 < confidence < 1:
-                odds = (float(confidence) / (1 - float(confidence))) ** (1 / temperature)
+            elif (factor, addend) != (1.0, 0.0) and 0 < confidence < 1:
+                odds = (float(confidence) / (1 - float(confidence))) ** factor * math.exp(addend)
                 confidence = np.float32(odds / (1 + odds))
             value = np.float32(value * confidence)
             if value >= case["price"]:
@@ -154,7 +164,7 @@ def test_the_reference_agrees_with_brute_force(case: Case) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_host_and_device_decide_alike(seed: int) -> None:
     case = random_case(seed)
-    case["temperatures_G"][:] = 1.0
+    case["factor_BG"][:], case["addend_BG"][:] = 1.0, 0.0
     case["live"] = np.array(len(case["weight_R"]), dtype=np.int32)
     buffers = AdmissionBuffers(case["confidence_RG"].shape[0], case["confidence_RG"].shape[1], "cpu")
     admit_and_pack(tensors(case), buffers)

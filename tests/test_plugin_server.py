@@ -146,7 +146,8 @@ def test_metrics_show_plans_and_times(speculative: Speculative) -> None:
     speculative.use("full")
     speculative.server.generate(PROMPTS[0])
     shown = httpx.get(f"{speculative.server.base_url}/metrics", timeout=60.0, trust_env=False).text
-    for name in ("dspark_plugin_active", "dspark_step_seconds", "dspark_rounds_total", "dspark_verified_tokens_total"):
+    counters = ("dspark_rounds_total", "dspark_verified_tokens_total", "dspark_padding_tokens_total")
+    for name in ("dspark_plugin_active", "dspark_step_seconds", "dspark_tier_tokens", *counters):
         assert name in shown
 
 

@@ -11,7 +11,9 @@ import torch
 
 from dspark_serving.metrics import WINDOW, RoundStats
 from dspark_serving.scheduler.baselines import Algorithm1Policy, FullPolicy, OffPolicy, ThresholdPolicy
+from dspark_serving.scheduler.calibration import Calibration
 from dspark_serving.scheduler.cost import CostModel
+from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Batch, Outcome, Policy
 from dspark_serving.sglang_adapter.device import DeviceAdmission
 from dspark_serving.sglang_adapter.plan_sync import PlanSync
@@ -39,6 +41,9 @@ def test_round_stats_roll_and_add_up() -> None:
     assert stats.accepted_length == 2.0
     assert (stats.requests, stats.tokens, stats.verified_tokens) == (3 * WINDOW, 14 * WINDOW, 15 * WINDOW)
     assert stats.snapshot()["plans"] == {"full": WINDOW, "off": WINDOW}
+    assert stats.padding_tokens == 0
+    stats.count(outcome([0, 2], [1, 4]), tiers=(4, 8, 16))  # five rows in a graph of eight
+    assert (stats.tier_tokens, stats.padding_tokens) == (8, 3)
     stats.clear()
     assert stats.snapshot()["output_tokens"] == 0
 
@@ -126,10 +131,14 @@ def test_under_overlap_the_amount_is_known_before_the_draft(monkeypatch: pytest.
 
 
 def test_admission_on_the_device_reuses_its_buffers_and_agrees_with_the_host() -> None:
-    ours = planner(ThresholdPolicy(0.5))
-    ours.device_admission = DeviceAdmission(requests=4, temperatures_G=[1.0] * GAMMA, device="cpu")
-    addresses = set()
-    for confidence in (CONFIDENCE, CONFIDENCE.flip(0)):
+    calibration = OnlineCalibration(Calibration.identity(GAMMA))
+    ours = planner(ThresholdPolicy(0.5, calibration.apply))
+    ours.device_admission = DeviceAdmission(requests=4, calibration=calibration, device="cpu")
+    addresses, decisions = set(), set()
+    nothing_R, greedy_R = np.zeros(64, dtype=np.int32), np.zeros(64, dtype=np.float32)
+    for confidence in (CONFIDENCE, CONFIDENCE.flip(0), CONFIDENCE):
+        if decisions:  # what is learned from earlier rounds counts on the device too: here, that nothing survives
+            calibration.observe(np.full((64, GAMMA), 0.9, dtype=np.float32), nothing_R + GAMMA + 1, nothing_R, greedy_R)
         ours.begin(running_batch())
         slots = torch.tensor([4, 7])
         ours.resolve_verify_token_budget(
@@ -140,7 +149,9 @@ def test_admission_on_the_device_reuses_its_buffers_and_agrees_with_the_host() -
         )
         assert lens.tolist() == ours.policy.admit(ours.batch, ours.plan, confidence.numpy()).tolist()
         addresses.add(lens.data_ptr())
+        decisions.add(tuple(lens.tolist()))
     assert len(addresses) == 1
+    assert len(decisions) > 1
 
 
 def test_a_round_without_drafts_proposes_certain_mask_tokens() -> None:

@@ -54,9 +54,14 @@ class OnlineCalibration:
         labels_G, residual_G = self._sums_2G
         return np.abs(residual_G) / np.where(labels_G > 0, labels_G, np.nan)
 
+    @property
+    def line_2BG(self) -> np.ndarray:
+        """Factor and addend of raw logits for each band and position, float32: what `apply` does."""
+        return self._line_2BG
+
     def apply(self, confidence_RG: np.ndarray, temperature_R: np.ndarray) -> np.ndarray:
         """Calibrated confidences [R, G] float32 of confidences in [0, 1], from earlier rounds' labels only."""
-        return self._correct(logit(confidence_RG), _bands(temperature_R))
+        return self._correct(logit(confidence_RG), bands(temperature_R))
 
     def observe(
         self, confidence_RG: np.ndarray, verify_lens_R: np.ndarray, accepted_R: np.ndarray, temperature_R: np.ndarray
@@ -69,7 +74,7 @@ class OnlineCalibration:
         label_RG &= (confidence_RG >= 0) & (confidence_RG <= 1)
         if not label_RG.any():
             return
-        band_R = _bands(temperature_R)
+        band_R = bands(temperature_R)
         raw_RG = logit(np.where(label_RG, confidence_RG, np.float32(0.5)))
         z_RG = raw_RG * self._base.scale_G
         predicted_RG = self._correct(raw_RG, band_R)
@@ -137,6 +142,6 @@ class OnlineCalibration:
         self._line_2BG[1] = self._shift_BG
 
 
-def _bands(temperature_R: np.ndarray) -> np.ndarray:
+def bands(temperature_R: np.ndarray) -> np.ndarray:
     """Index into BANDS of each request; a temperature that is no number counts as hot."""
     return _BAND_ENDS.searchsorted(temperature_R)

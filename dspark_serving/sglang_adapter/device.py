@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from dspark_kernels.admission import AdmissionBuffers, AdmissionInputs, admit_and_pack
 
-from dspark_serving.scheduler.round import Plan
+from dspark_serving.scheduler.recalibration import OnlineCalibration, bands
+from dspark_serving.scheduler.round import Batch, Plan
 
 
 class HostCopy:
@@ -35,27 +34,37 @@ class DeviceAdmission:
 
     Args:
         requests: most requests of a batch.
-        temperatures_G: calibration of the confidences; what is learned online stays on the host, in the plan.
+        calibration: of the confidences, as learned from the rounds that are finished when a batch is admitted.
     """
 
-    def __init__(self, requests: int, temperatures_G: Sequence[float], device: torch.device | str) -> None:
-        gamma = len(temperatures_G)
+    def __init__(self, requests: int, calibration: OnlineCalibration, device: torch.device | str) -> None:
+        self._calibration = calibration
+        factor_BG, addend_BG = (torch.tensor(part_BG, device=device) for part_BG in calibration.line_2BG)
+        gamma = factor_BG.shape[1]
         self._buffers = AdmissionBuffers(requests, gamma, device)
         self._inputs = AdmissionInputs(
             torch.ones(requests, gamma, dtype=torch.float32, device=device),
-            torch.tensor(temperatures_G, dtype=torch.float32, device=device),
+            factor_BG,
+            addend_BG,
+            torch.zeros(requests, dtype=torch.int32, device=device),
             torch.ones(requests, dtype=torch.float32, device=device),
             torch.zeros((), dtype=torch.float32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
         )
 
-    def __call__(self, confidence_RG: torch.Tensor, plan: Plan, weight_R: np.ndarray) -> torch.Tensor:
+    def __call__(self, confidence_RG: torch.Tensor, plan: Plan, batch: Batch) -> torch.Tensor:
         """Verify lengths [R] int32 on the device; valid until the next call."""
         requests = len(confidence_RG)
-        confidence, _, weight, price, capacity, live = self._inputs
+        confidence, factor_BG, addend_BG, band, weight, price, capacity, live = self._inputs
         confidence[:requests].copy_(confidence_RG)
-        weight[:requests].copy_(torch.from_numpy(weight_R), non_blocking=True)
+        bands_R = bands(batch.temperature_R).astype(np.int32)
+        for source, goal in zip(
+            (*self._calibration.line_2BG, bands_R, batch.weight_R),
+            (factor_BG, addend_BG, band[:requests], weight[:requests]),
+            strict=True,
+        ):
+            goal.copy_(torch.from_numpy(source), non_blocking=True)
         price.fill_(plan.price)
         capacity.fill_(min(plan.capacity, confidence.numel()))
         live.fill_(requests)

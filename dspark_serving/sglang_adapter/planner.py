@@ -95,7 +95,7 @@ class PolicyPlanner(DSparkVerifyPlanner):
         if self.confidence_RG is None:
             verify_lens = torch.ones(self.batch.requests, dtype=torch.int32, device=device)
         elif self.device_admission is not None and confidence is not None:
-            verify_lens = self.device_admission(confidence, self.plan, self.batch.weight_R)
+            verify_lens = self.device_admission(confidence, self.plan, self.batch)
         else:
             lens_R = self.policy.admit(self.batch, self.plan, self.confidence_RG.numpy())
             verify_lens = torch.from_numpy(lens_R).to(device)

@@ -35,7 +35,7 @@ class Repertoire:
 
     def __init__(self, parts: PolicyParts) -> None:
         self.parts = parts
-        self._recalibration = OnlineCalibration(parts.calibration)
+        self.recalibration = OnlineCalibration(parts.calibration)
         self._made: dict[PolicyName, Policy] = {}
 
     def get(self, name: PolicyName) -> Policy:
@@ -51,12 +51,13 @@ class Repertoire:
 
     def facts(self) -> dict[str, float]:
         """What the scheduler has learned and counted, for metrics."""
-        cost, recalibration = self.parts.cost, self._recalibration
+        cost, recalibration = self.parts.cost, self.recalibration
         found = {
             "cost_known": float(cost.known),
             "cost_rounds_learned": float(cost.observed),
             "cost_rounds_rejected": float(cost.rejected),
             "calibration_drifts": float(recalibration.drifts),
+            "calibration_drifting": float(recalibration.drifting),
         }
         for position, error in enumerate(recalibration.error_G.tolist(), start=1):
             if error == error:  # nan before the first label
@@ -70,7 +71,7 @@ class Repertoire:
 
     def _make(self, name: PolicyName) -> Policy:
         if name != "native":
-            return make_policy(name, self.parts, self._recalibration)
+            return make_policy(name, self.parts, self.recalibration)
         from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
 
         return NativeBudgetPolicy(self.parts.gamma, self.parts.slots, self.parts.cost)

@@ -83,8 +83,7 @@ class DsparkServingWorker(DSparkWorkerV2):
         self.recorder = recorder
         if not self._on_cpu:
             requests = get_schedule().max_running_requests
-            temperatures_G = repertoire.parts.calibration.temperatures_G
-            self._verify_planner.device_admission = DeviceAdmission(requests, temperatures_G, self.device)
+            self._verify_planner.device_admission = DeviceAdmission(requests, repertoire.recalibration, self.device)
 
     @property
     def carries_confidence(self) -> bool:
@@ -159,7 +158,7 @@ class DsparkServingWorker(DSparkWorkerV2):
         outcome = self._rounds.complete(num_correct_drafts_per_req)
         if outcome is None:
             return
-        self.stats.count(outcome)
+        self.stats.count(outcome, None if self.repertoire is None else self.repertoire.parts.cost.tiers)
         self.policy.observe(outcome)
         if self._metrics is not None:
             self._metrics.update(self.stats, outcome, {} if self.repertoire is None else self.repertoire.facts())

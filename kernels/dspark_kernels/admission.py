@@ -2,7 +2,7 @@
 
 Both implementations have static shapes, read whatever changes from device memory and write into buffers that are
 allocated once, so that a captured CUDA graph can contain them. Decision rule: DSpark paper, section 5.2, with a price
-below which a position is not verified. R = max_requests, G = gamma, N = R * (G + 1).
+below which a position is not verified. R = max_requests, G = gamma, B temperature bands, N = R * (G + 1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ class AdmissionInputs(NamedTuple):
     """Everything that decides, on one device and contiguous."""
 
     confidence_RG: torch.Tensor  # float32: of surviving, given the prefix
-    temperatures_G: torch.Tensor  # float32 > 0: of the calibration
+    factor_BG: torch.Tensor  # float32 > 0: of the calibration, on logits
+    addend_BG: torch.Tensor  # float32: of the calibration, to logits
+    band_R: torch.Tensor  # int32: row of the calibration
     weight_R: torch.Tensor  # float32 > 0, finite: value of a token
     price: torch.Tensor  # float32 scalar: least value of a verified position
     capacity: torch.Tensor  # int32 scalar: drafted tokens over the batch
@@ -49,9 +51,10 @@ class AdmissionBuffers:
 def admit_and_pack(inputs: AdmissionInputs, buffers: AdmissionBuffers) -> None:
     """Choose the drafted tokens to verify and write the packed layout into `buffers`.
 
-    Position k of request r has the value weight_r * a_rk, with a_rk = prod_{i<=k} sigmoid(logit(c_ri) / T_i). A
-    confidence that is no probability counts as 1. Positions of a value of at least `price` are admitted; of more than
-    `capacity` such positions, the best, ties going to the earlier position, then to the earlier request.
+    Position k of request r has the value weight_r * a_rk, with a_rk = prod_{i<=k} sigmoid(f_i logit(c_ri) + g_i) and
+    f, g the factor and addend of the request's band. A confidence that is no probability counts as 1. Positions of a
+    value of at least `price` are admitted; of more than `capacity` such positions, the best, ties going to the earlier
+    position, then to the earlier request.
 
     Raises ValueError when inputs and buffers are of different sizes.
     """
@@ -65,12 +68,13 @@ def admit_and_pack(inputs: AdmissionInputs, buffers: AdmissionBuffers) -> None:
 
 def admit_and_pack_torch(inputs: AdmissionInputs, buffers: AdmissionBuffers) -> None:
     """The reference: see `admit_and_pack`."""
-    confidence_RG, temperatures_G, weight_R, price, capacity, live = inputs
+    confidence_RG, factor_BG, addend_BG, band_R, weight_R, price, capacity, live = inputs
     requests, gamma = confidence_RG.shape
     device = confidence_RG.device
     proper_RG = (confidence_RG >= 0) & (confidence_RG <= 1)
-    softened_RG = torch.sigmoid(torch.logit(confidence_RG) / temperatures_G)
-    calibrated_RG = torch.where(temperatures_G == 1, confidence_RG, softened_RG)
+    factor_RG, addend_RG = factor_BG.index_select(0, band_R), addend_BG.index_select(0, band_R)
+    corrected_RG = torch.sigmoid(torch.logit(confidence_RG) * factor_RG + addend_RG)
+    calibrated_RG = torch.where((factor_RG == 1) & (addend_RG == 0), confidence_RG, corrected_RG)
     calibrated_RG = torch.where(proper_RG, calibrated_RG, 1.0)
     # One product after the other: the precision of cumprod differs between devices.
     values = list(accumulate(calibrated_RG.unbind(dim=1), torch.mul, initial=weight_R))
@@ -115,7 +119,9 @@ def admit_and_pack_triton(inputs: AdmissionInputs, buffers: AdmissionBuffers) ->
 @triton.jit
 def _admit_and_pack_kernel(  # type: ignore[no-untyped-def]
     confidence_ptr,
-    temperatures_ptr,
+    factor_ptr,
+    addend_ptr,
+    band_ptr,
     weight_ptr,
     price_ptr,
     capacity_ptr,
@@ -138,16 +144,18 @@ def _admit_and_pack_kernel(  # type: ignore[no-untyped-def]
     capacity = tl.maximum(tl.load(capacity_ptr), 0)
     real = request < tl.minimum(tl.load(live_ptr), R)
     weight = tl.load(weight_ptr + request, mask=real, other=0.0)
+    band = tl.load(band_ptr + request, mask=real, other=0)
 
     running = weight
     value = tl.full([BLOCK_P, BLOCK_R], -1.0, tl.float32)
     for k in tl.static_range(G):
         confidence = tl.load(confidence_ptr + request * G + k, mask=real, other=1.0)
-        temperature = tl.load(temperatures_ptr + k)
+        factor = tl.load(factor_ptr + band * G + k)
+        addend = tl.load(addend_ptr + band * G + k)
         proper = (confidence >= 0.0) & (confidence <= 1.0)
         logit = tl.log(confidence / (1.0 - confidence))
-        softened = 1.0 / (1.0 + tl.exp(-logit / temperature))
-        calibrated = tl.where(temperature == 1.0, confidence, softened)
+        corrected = 1.0 / (1.0 + tl.exp(-(logit * factor + addend)))
+        calibrated = tl.where((factor == 1.0) & (addend == 0.0), confidence, corrected)
         running = running * tl.where(proper, calibrated, 1.0)
         value = tl.where((position[:, None] == k) & real[None, :], running[None, :], value)
 
