@@ -69,13 +69,14 @@ def make_oracle_drafter(
 ) -> None:
     """Write a DSpark drafter in DeepSpec's format whose Markov head is the target's bigrams behind `known` tokens.
 
-    Its layers say next to nothing, so behind other tokens its distribution is nearly uniform. A confidence head, if
-    any, is random.
+    Its layers say nothing of use, so behind other tokens its distribution is nearly uniform. A confidence head, if any,
+    is random.
     """
     width = oracle.config["hidden_size"]
     make_tiny_drafter(path, oracle.config, gamma=gamma, markov_rank=width, confidence=confidence)
     weights = load_file(path / "model.safetensors")
-    weights["norm.weight"] *= 0.01  # what the layers make of the context reaches the head this small
+    # Small and of random sign: as it is, the anchor's embedding would lead to its successor through the head as well.
+    weights["norm.weight"] = 0.02 * torch.randn(width, generator=torch.Generator().manual_seed(2))
     first_VD = torch.zeros_like(oracle.embedding_VD)
     first_VD[known] = oracle.embedding_VD[known]
     weights["markov_head.markov_w1.weight"] = first_VD
