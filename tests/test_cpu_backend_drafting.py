@@ -221,6 +221,7 @@ def test_blocks_that_sglang_drafts_are_judged_as_those_of_the_chain(monkeypatch:
     ours = native_proposer(plan=FullPolicy().plan(Batch.ordinary(np.arange(3), np.arange(3))))
     confidence_RG = ours.propose().confidence
     step_temperature_R = torch.where(greedy_R, 0.0, temperature_R)
+    assert found.statistics_BG3 is not None
     expected_RG = SurvivalMap.default(GAMMA).apply(found.statistics_BG3, step_temperature_R)
     assert torch.allclose(confidence_RG, expected_RG, atol=1e-3)
 

@@ -76,8 +76,8 @@ def round_outcomes(policy: Policy, judge: Judge, last: int) -> Iterator[tuple[fl
                 rejected = chance * (1 - accepts) * residual_V[token] / residual_V.sum()
                 yield rejected, [*tokens[1 : k + 1], int(token)]
             chance *= accepts
-        for token in range(VOCABULARY):
-            yield chance * TARGET_VV[tokens[verified], token], [*tokens[1 : verified + 1], token]
+        for bonus in range(VOCABULARY):
+            yield chance * TARGET_VV[tokens[verified], bonus], [*tokens[1 : verified + 1], bonus]
 
 
 def text_distribution(policy: Policy, judge: Judge, last: int, length: int) -> np.ndarray:

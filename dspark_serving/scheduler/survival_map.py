@@ -62,11 +62,21 @@ def draft_statistics(logits_RV: torch.Tensor, probability_RV: torch.Tensor | Non
     )
 
 
+class Line(NamedTuple):
+    """Coefficients of the logit."""
+
+    weights_3: tuple[float, ...]
+    bias_G: tuple[float, ...]
+
+
 class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     weights: list[float] = Field(min_length=len(STATISTICS), max_length=len(STATISTICS))
     biases: list[float] = Field(min_length=1)
+
+    def line(self) -> Line:
+        return Line(tuple(self.weights), tuple(self.biases))
 
 
 class _File(BaseModel):
@@ -78,13 +88,6 @@ class _File(BaseModel):
     greedy: _Line
     sampled: _Line
     fitted_on: dict[str, str | int | float | list[int]]
-
-
-class Line(NamedTuple):
-    """Coefficients of the logit."""
-
-    weights_3: tuple[float, ...]
-    bias_G: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,7 @@ class SurvivalMap:
                 expected=f"{gamma} for the drafter's block size of {gamma}",
                 fix=_FIX,
             )
-        lines = (Line(tuple(line.weights), tuple(line.biases)) for line in (found.greedy, found.sampled))
-        return cls(*lines, found.fitted_on)
+        return cls(found.greedy.line(), found.sampled.line(), found.fitted_on)
 
     def save(self, path: Path) -> None:
         """Write the file that `load` reads; a reader sees the old contents or the new, never a part."""
