@@ -149,8 +149,8 @@ def test_recordings_hold_the_estimates_and_replay_to_the_bit(headless: Headless)
 
 
 def test_calibrating_works_on_them(headless: Headless) -> None:
-    for _ in range(2):
-        headless.answer("full", concurrency=4)
+    headless.answer("full", concurrency=4)
+    generate(headless.server, 4)
     labels = labels_of([headless.newest_recording()])
     assert fit_temperatures(labels).gamma == GAMMA
 

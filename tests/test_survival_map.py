@@ -34,7 +34,7 @@ GAMMA = 3
 # ---- the text stays exact: Appendix A of the DSpark paper with a whole vocabulary, by enumeration
 
 VOCABULARY, TEXT = 3, 2
-_TABLES = np.random.default_rng(0).normal(0, 2.0, (2, VOCABULARY, VOCABULARY))
+_TABLES = np.random.default_rng(11).normal(0, 2.0, (2, VOCABULARY, VOCABULARY))
 TARGET_VV = np.exp(_TABLES[0]) / np.exp(_TABLES[0]).sum(axis=1, keepdims=True)
 DRAFT_LOGITS_VV = torch.from_numpy(_TABLES[1])
 DRAFT_VV = DRAFT_LOGITS_VV.softmax(dim=1).numpy()
