@@ -43,7 +43,7 @@ class ServingConfig(BaseModel):
     )
     calibration: Path | None = Field(
         default=None,
-        description="calibration of the confidence head, from `dspark calibrate`; else calibration.json beside the "
+        description="calibration of the confidences, from `dspark calibrate`; else calibration.json beside the "
         "drafter, if there is one",
     )
     profile_seconds: float = Field(

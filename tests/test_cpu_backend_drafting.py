@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sglang.srt.speculative.dspark_components.dspark_draft import DraftBlockProposer, DraftBlockResult, DraftProposal
 from torch import nn
 
-from dspark_serving.sglang_adapter.cpu.drafting import DraftChain
+from dspark_serving.scheduler.baselines import FullPolicy
+from dspark_serving.scheduler.round import Batch
+from dspark_serving.scheduler.survival_map import SurvivalMap, draft_statistics
+from dspark_serving.sglang_adapter.cpu.drafting import Chain, DraftChain
 from dspark_serving.sglang_adapter.cpu.sampling import chain_speculative_sampling
+from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +148,95 @@ def test_sampled_chain_draws_from_the_probabilities_that_it_reports() -> None:
     expected = probs[ids].double() * (requests - 1)
     assert float(((observed - expected) ** 2 / expected).sum()) < 16.3  # p = 0.001 with three degrees of freedom
     assert int(found.tokens_BG[0, 0]) == int(probs.argmax())
+
+
+@torch.no_grad()
+def judged_chain(greedy_R: torch.Tensor, temperature_R: torch.Tensor) -> tuple[Chain, torch.Tensor, torch.Tensor]:
+    """Many requests with the same hidden rows and anchor, drafted with statistics; and the head's parts."""
+    head, markov = torch.randn(VOCAB, HIDDEN), Markov(VOCAB, 5)
+    hidden = torch.randn(1, GAMMA, HIDDEN).expand(len(greedy_R), GAMMA, HIDDEN)
+    chain = DraftChain(head, markov, VOCAB, None, judged=True)
+    found = chain.draft(hidden, torch.full((len(greedy_R),), 3), temperature_R, greedy_R)
+    return found, hidden @ head.T, markov.markov_w1.weight @ markov.markov_w2.weight.T
+
+
+def test_statistics_are_those_of_the_distributions_drawn_from() -> None:
+    greedy_R = torch.arange(200) < 50
+    temperature_R = torch.where(torch.arange(200) % 2 == 0, 0.6, 1.4)
+    found, base_RGV, bias_VV = judged_chain(greedy_R, temperature_R)
+    assert found.statistics_BG3 is not None
+    before_RG = torch.cat([torch.full((200, 1), 3), found.tokens_BG[:, :-1]], dim=1)
+    divisor_R = torch.where(greedy_R, 1.0, temperature_R)  # a greedy request draws at no temperature
+    expected = draft_statistics((base_RGV + bias_VV[before_RG]) / divisor_R[:, None, None])
+    assert torch.allclose(found.statistics_BG3, expected, atol=1e-3)
+
+
+def test_statistics_know_the_tokens_before_and_not_the_one_that_is_drawn() -> None:
+    requests = 500
+    found, *_ = judged_chain(torch.zeros(requests, dtype=torch.bool), torch.full((requests,), 1.5))
+    assert found.statistics_BG3 is not None
+    assert len(found.tokens_BG[:, 0].unique()) > 5, "the control: different tokens were drawn"
+    for step in range(GAMMA):
+        seen: dict[tuple[int, ...], torch.Tensor] = {}
+        for tokens, statistics in zip(found.tokens_BG[:, :step].tolist(), found.statistics_BG3[:, step], strict=True):
+            assert torch.allclose(seen.setdefault(tuple(tokens), statistics), statistics, atol=1e-4)
+    assert found.statistics_BG3[:, 1].std(dim=0).min() > 0.01, "the control: they do depend on the token before"
+
+
+def test_all_greedy_requests_are_judged_alike_in_any_company() -> None:
+    torch.manual_seed(3)
+    alone, *_ = judged_chain(torch.ones(2, dtype=torch.bool), torch.full((2,), 0.3))
+    torch.manual_seed(3)
+    mixed, *_ = judged_chain(torch.tensor([True, False]), torch.full((2,), 0.3))
+    assert alone.statistics_BG3 is not None
+    assert mixed.statistics_BG3 is not None
+    assert torch.allclose(alone.statistics_BG3[0], mixed.statistics_BG3[0], atol=1e-5)
+    assert not torch.allclose(alone.statistics_BG3[1], mixed.statistics_BG3[1], atol=1e-2)
+
+
+def native_proposer(**parts: Any) -> PolicyProposer:
+    """The proposer of a machine with an accelerator, as far as confidences go."""
+    found = PolicyProposer.__new__(PolicyProposer)
+    found.draft_model = SimpleNamespace(confidence_head=None)
+    found._greedy_draft, found._draft_sampler = False, None
+    found.survival_map = SurvivalMap.default(GAMMA)
+    for name, part in parts.items():
+        setattr(found, name, part)
+    return found
+
+
+def test_blocks_that_sglang_drafts_are_judged_as_those_of_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy_R, temperature_R = torch.tensor([True, False, False]), torch.tensor([0.4, 0.6, 1.4])
+    found, base_RGV, bias_VV = judged_chain(greedy_R, temperature_R)
+    before_RG = torch.cat([torch.full((3, 1), 3), found.tokens_BG[:, :-1]], dim=1)
+    block = DraftBlockResult(
+        draft_tokens=found.tokens_BG,
+        corrected_logits=base_RGV + bias_VV[before_RG],
+        greedy_mask=greedy_R,
+        temperatures=temperature_R,
+        greedy_draft=False,
+    )
+    proposal = DraftProposal(draft_block_ids=before_RG, draft_block=block)
+    monkeypatch.setattr(DraftBlockProposer, "propose", lambda self, **kwargs: proposal)
+    ours = native_proposer(plan=FullPolicy().plan(Batch.ordinary(np.arange(3), np.arange(3))))
+    confidence_RG = ours.propose().confidence
+    step_temperature_R = torch.where(greedy_R, 0.0, temperature_R)
+    assert found.statistics_BG3 is not None
+    expected_RG = SurvivalMap.default(GAMMA).apply(found.statistics_BG3, step_temperature_R)
+    assert torch.allclose(confidence_RG, expected_RG, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("parts", "judges"),
+    [
+        ({}, True),
+        ({"survival_map": None}, False),
+        ({"_greedy_draft": True}, False),
+        ({"_draft_sampler": SimpleNamespace(_megakernel_steps=None)}, True),
+        ({"_draft_sampler": SimpleNamespace(_megakernel_steps=lambda bs: None)}, False),
+        ({"_greedy_draft": True, "draft_model": SimpleNamespace(confidence_head=nn.Identity())}, True),
+    ],
+    ids=["eager", "static", "greedy draft", "folded", "megakernel", "a head"],
+)
+def test_no_confidences_where_sglang_keeps_no_draft_distributions(parts: dict[str, Any], judges: bool) -> None:
+    assert native_proposer(**parts).judges == judges

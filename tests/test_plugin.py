@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from dspark_serving.config import ServingConfig, load_config
-from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
+from dspark_serving.errors import CheckpointError, DataError, EnvironmentMismatchError, OptionError
+from dspark_serving.scheduler.survival_map import SurvivalMap
 from dspark_serving.sglang_adapter import options, plugin, resolution
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
 from tests.tiny_models import make_tiny_drafter, make_tiny_target
@@ -138,11 +139,21 @@ def test_missing_target(tmp_path: Path, drafter: Path) -> None:
         resolution.prepare(server_args(tmp_path / "nowhere", drafter), ServingConfig())
 
 
-def test_a_drafter_without_confidences_is_verified_fully(target: Path, drafter: Path) -> None:
-    resolution.prepare(server_args(target, drafter), ServingConfig())
-    assert os.environ[resolution.RAGGED_MODE] == "static"
-    with pytest.raises(OptionError, match="no confidence head"):
-        resolution.prepare(server_args(target, drafter), ServingConfig(policy="threshold"))
+def test_a_drafter_without_confidence_head_is_scheduled_like_any_other(target: Path, drafter: Path) -> None:
+    resolution.prepare(server_args(target, drafter), ServingConfig(policy="threshold"))
+    assert os.environ[resolution.RAGGED_MODE] == "compact"
+
+
+def test_temperatures_for_a_head_that_is_not_there_are_refused(target: Path, drafter: Path) -> None:
+    args = server_args(target, drafter, speculative_dspark_confidence_sts_path="sts.json")
+    with pytest.raises(OptionError, match=r"no confidence head; expected --dspark-calibration"):
+        resolution.prepare(args, ServingConfig())
+
+
+def test_a_survival_map_for_another_block_size_is_refused(target: Path, drafter: Path) -> None:
+    SurvivalMap.default(7).save(drafter / "survival_map.json")
+    with pytest.raises(DataError, match="is for block size 7"):
+        resolution.prepare(server_args(target, drafter), ServingConfig())
 
 
 @pytest.mark.skipif(has_accelerator(), reason="defaults of a machine without accelerator")

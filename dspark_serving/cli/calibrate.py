@@ -1,4 +1,4 @@
-"""`dspark calibrate`: temperatures of the confidence head from recorded rounds."""
+"""`dspark calibrate`: temperatures of the drafter's confidences, of its head or estimated, from recorded rounds."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
     batch: Batch
     plan: Plan
-    confidence_RG: np.ndarray | None  # as the confidence head gave it; None when nothing was drafted
+    confidence_RG: np.ndarray | None  # of the confidence head, or estimated; None when nothing was drafted
     verify_lens_R: np.ndarray  # int32
     accepted_R: np.ndarray  # int32: accepted drafts, without the bonus token
     draft_seconds: float

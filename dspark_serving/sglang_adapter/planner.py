@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner, local_verify_tier_num_tokens
+from sglang.srt.speculative.ragged_verify import RaggedVerifyMode, read_ragged_verify_mode
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_serving.scheduler.round import Batch, Plan, Policy
@@ -28,6 +30,15 @@ class PolicyPlanner(DSparkVerifyPlanner):
     confidence_RG: HostCopy | None  # of the round, once drafted
     verify_lens_R: HostCopy
     _planned_ahead: bool = False
+
+    def __init__(self, *, draft_model: Any, **kwargs: Any) -> None:
+        headless = getattr(draft_model, "confidence_head", None) is None
+        if headless and read_ragged_verify_mode() is not RaggedVerifyMode.STATIC:
+            # SGLang's constructor asks for a head and never calls it; the proposer estimates in its place.
+            super().__init__(draft_model=SimpleNamespace(confidence_head=SimpleNamespace()), **kwargs)
+            self.draft_model = draft_model
+        else:
+            super().__init__(draft_model=draft_model, **kwargs)
 
     def begin(self, batch: Any) -> Plan:
         """Plan the round of `batch` from earlier rounds; with overlap this was done when the batch was prepared."""

@@ -13,6 +13,8 @@ from dspark_serving.config import ServingConfig, flag, variable
 from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, read_spec
 from dspark_serving.drafters.spec import read_json_object
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
+from dspark_serving.scheduler import survival_map
+from dspark_serving.scheduler.survival_map import SurvivalMap
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
 
     Raises:
         CheckpointError: the drafter is missing, damaged, or does not fit the target.
-        OptionError: no drafter is given, or the policy needs a confidence head that the drafter lacks.
+        DataError: the drafter's survival map cannot be used.
+        OptionError: no drafter is given, or an option for a confidence head that the drafter lacks.
     """
     wanted = (server_args.speculative_algorithm or "").upper() == "DSPARK"
     cpu = not has_accelerator()
@@ -47,14 +50,9 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
         return
     if wanted:
         spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path)
-        # Ragged verification needs confidences; adaptive then verifies fully and says so.
-        if not spec.has_confidence and config.policy not in ("adaptive", "full"):
-            raise OptionError(
-                f"{flag('policy')} {config.policy} with the drafter {spec.path}, which has no confidence head",
-                expected=f"{flag('policy')} adaptive or full for this drafter",
-                fix="Change the policy, or use a drafter with enable_confidence_head.",
-            )
-        os.environ.setdefault(RAGGED_MODE, "compact" if spec.has_confidence else "static")
+        if not spec.has_confidence:
+            _check_estimates(server_args, spec)
+        os.environ.setdefault(RAGGED_MODE, "compact")
 
 
 def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
@@ -75,6 +73,26 @@ def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
     check_weights(spec)
     check_target_files(local_directory(model_path, "target model"))
     return spec
+
+
+def survival_map_of(spec: DrafterSpec) -> SurvivalMap:
+    """What a drafter without confidence head is judged by: the map beside its weights, else the default.
+
+    Raises:
+        DataError: the file beside the weights cannot be used.
+    """
+    path = spec.path / survival_map.FILE_NAME
+    return SurvivalMap.load(path, spec.gamma) if path.is_file() else SurvivalMap.default(spec.gamma)
+
+
+def _check_estimates(server_args: Any, spec: DrafterSpec) -> None:
+    survival_map_of(spec)
+    if server_args.speculative_dspark_confidence_sts_path:
+        raise OptionError(
+            f"--speculative-dspark-confidence-sts-path with {spec.path}, which has no confidence head",
+            expected=f"{flag('calibration')}, which applies to estimated confidences too",
+            fix="Fit it with `dspark calibrate` on recordings of this drafter.",
+        )
 
 
 def target_config(model_path: str) -> dict[str, Any]:

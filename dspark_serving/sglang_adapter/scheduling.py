@@ -83,7 +83,11 @@ def start(scheduler: Any) -> None:
     config = options.config_of(server_args)
     drafter = resolution.local_directory(server_args.speculative_draft_model_path, "drafter")
     if not worker.carries_confidence:
-        logger.warning("%s has no confidence head: every drafted token is verified", drafter)
+        logger.warning(
+            "%s: no confidences for its drafts (static verification, or no confidence head and SGLang keeps no draft "
+            "distributions): every drafted token is verified",
+            drafter,
+        )
         return
     parts = PolicyParts(
         gamma=worker.gamma,
@@ -105,7 +109,7 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
         if value not in range(len(POLICIES)):
             raise UpdateRejected(f"{key} is {value}; expected a number below {len(POLICIES)}, of {POLICIES}.")
         if worker.repertoire is None:
-            raise UpdateRejected("the drafter has no confidence head, so nothing but full verification is possible.")
+            raise UpdateRejected("there are no confidences here, so nothing but full verification is possible.")
 
     def set_policy(key: str, value: Any) -> None:
         worker.use(worker.repertoire.get(POLICIES[value]))

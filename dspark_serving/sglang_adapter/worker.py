@@ -55,6 +55,10 @@ class DsparkServingWorker(DSparkWorkerV2):
         ranks = parallel.tp_group
         self._verify_planner.plan_sync = PlanSync(ranks.cpu_group if parallel.tp_size > 1 else None, ranks.first_rank)
         spec = read_spec(resolution.local_directory(server_args.speculative_draft_model_path, "drafter"))
+        headless = getattr(self.draft_model, "confidence_head", None) is None
+        if headless and self._verify_planner.schedules_verify_budget:
+            self._proposer.survival_map = resolution.survival_map_of(spec)
+            logger.info("%s has no confidence head: estimating from its draft distributions", spec.path)
         if self._on_cpu:
             from dspark_serving.sglang_adapter.cpu import enable
 
@@ -87,8 +91,8 @@ class DsparkServingWorker(DSparkWorkerV2):
 
     @property
     def carries_confidence(self) -> bool:
-        """Whether the drafter judges its tokens; without that there is nothing to schedule by."""
-        return self._hosts_draft and bool(self._verify_planner.carries_confidence)
+        """Whether drafts come with confidences; without that there is nothing to schedule by."""
+        return self._hosts_draft and bool(self._verify_planner.carries_confidence) and self._proposer.judges
 
     def _time_phases(self) -> None:
         """Time the phases on the host: exact where rounds run eagerly, launch times only on a device with streams."""

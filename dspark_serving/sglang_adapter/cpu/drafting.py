@@ -13,6 +13,7 @@ import torch
 from sglang.srt.speculative.dspark_components.dspark_draft import DraftBlockResult, DraftProposal, resolve_draft_params
 from torch.nn.functional import linear
 
+from dspark_serving.scheduler.survival_map import draft_statistics
 from dspark_serving.sglang_adapter.cpu.linear import PackedWeight, is_packable
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
@@ -30,6 +31,8 @@ class Chain(NamedTuple):
     tokens_BG: torch.Tensor
     probs_BGV: torch.Tensor | None
     """Distributions over the full vocabulary; None when every request is greedy."""
+    statistics_BG3: torch.Tensor | None
+    """Of the distributions, where the chain was asked for them (scheduler/survival_map.py)."""
 
 
 class DraftChain:
@@ -40,10 +43,17 @@ class DraftChain:
         markov_head: SGLang's module of the drafter; its output rows are cut down to `token_ids` in place.
         vocab_size: size of the full vocabulary.
         token_ids: ascending ids that the drafter may propose; None for all.
+        judged: whether statistics of the distributions are wanted, for a drafter without a confidence head.
     """
 
     def __init__(
-        self, head_VD: torch.Tensor, markov_head: Any, vocab_size: int, token_ids: torch.Tensor | None
+        self,
+        head_VD: torch.Tensor,
+        markov_head: Any,
+        vocab_size: int,
+        token_ids: torch.Tensor | None,
+        *,
+        judged: bool = False,
     ) -> None:
         rows_VD = head_VD if token_ids is None else head_VD[token_ids].contiguous()
         self._project = PackedWeight(rows_VD) if is_packable(rows_VD) else partial(linear, weight=rows_VD)
@@ -51,6 +61,7 @@ class DraftChain:
         self._markov_head = markov_head
         self._vocab_size = vocab_size
         self._token_ids = token_ids
+        self._judged = judged
         if token_ids is not None:
             rows = markov_head.markov_w2.weight[token_ids].contiguous()
             markov_head.markov_w2.weight = torch.nn.Parameter(rows, requires_grad=False)
@@ -65,19 +76,28 @@ class DraftChain:
         """Draft gamma tokens a request; rows of `greedy_B` take the most probable token at every step."""
         base_BGV = self._project(hidden_BGD.to(self._head_dtype))
         all_greedy = bool(greedy_B.all())
+        temperatures_B = torch.where(greedy_B, 1.0, temperatures_B)
         state = self._markov_head.init_state(hidden_BGD)
-        previous_B, tokens, probs = anchors_B, [], []
+        previous_B, tokens, probs, statistics = anchors_B, [], [], []
         for step in range(hidden_BGD.shape[1]):
             bias_BV, state = self._markov_head.step_bias(previous_B, hidden_states=hidden_BGD[:, step], state=state)
             logits_BV = base_BGV[:, step].float() + bias_BV
             index_B = logits_BV.argmax(dim=1)
             if not all_greedy:
-                probs.append((logits_BV / temperatures_B[:, None]).softmax(dim=1))
+                logits_BV = logits_BV / temperatures_B[:, None]
+                probs.append(logits_BV.softmax(dim=1))
+            if self._judged:
+                statistics.append(draft_statistics(logits_BV, None if all_greedy else probs[-1]))
+            if not all_greedy:
                 drawn_B = torch.multinomial(probs[-1], 1).squeeze(1)
                 index_B = torch.where(greedy_B, index_B, drawn_B)
             previous_B = index_B if self._token_ids is None else self._token_ids[index_B]
             tokens.append(previous_B)
-        return Chain(torch.stack(tokens, dim=1), None if all_greedy else self._to_full_vocabulary(probs))
+        return Chain(
+            torch.stack(tokens, dim=1),
+            None if all_greedy else self._to_full_vocabulary(probs),
+            torch.stack(statistics, dim=1) if self._judged else None,
+        )
 
     def _to_full_vocabulary(self, probs: list[torch.Tensor]) -> torch.Tensor:
         probs_BGV = torch.stack(probs, dim=1)
@@ -92,6 +112,11 @@ class CpuProposer(PolicyProposer):
     """Runs the draft layers through SGLang's model runner and the chain above; `chain` is set by the worker."""
 
     chain: DraftChain
+
+    @property
+    def _keeps_logits(self) -> bool:
+        """The chain judges every distribution as it draws from it."""
+        return True
 
     def propose(self, **kwargs: Any) -> DraftProposal:
         """Draft one block for each request of the batch (SGLang's keyword arguments)."""
@@ -116,6 +141,8 @@ class CpuProposer(PolicyProposer):
                 confidence, confidence_raw = self.draft_model.compute_confidence(
                     anchor_tokens=anchors_B, draft_tokens=chain.tokens_BG, confidence_features=forward.raw_hidden
                 )
+            elif self.survival_map is not None and chain.statistics_BG3 is not None:
+                confidence = self.survival_map.apply(chain.statistics_BG3, params.step_temperatures)
         block = SampledBlock(
             draft_tokens=chain.tokens_BG,
             corrected_logits=None,

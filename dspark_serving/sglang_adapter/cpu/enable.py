@@ -43,7 +43,13 @@ def prepare_worker(worker: Any, spec: DrafterSpec) -> LateCommit:
         )
     token_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
     head_VD = head.weight.data[: spec.vocab_size]
-    worker._proposer.chain = DraftChain(head_VD, worker.draft_model.markov_head, spec.vocab_size, token_ids)
+    worker._proposer.chain = DraftChain(
+        head_VD,
+        worker.draft_model.markov_head,
+        spec.vocab_size,
+        token_ids,
+        judged=worker._proposer.survival_map is not None,
+    )
     late = LateCommit(worker._kv_injector, worker.verify_num_draft_tokens)
     worker._verify_executor.commit_hidden = late.commit_hidden
     return late
