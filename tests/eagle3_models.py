@@ -1,0 +1,167 @@
+"""Tiny Eagle3 drafters in canonical directories, and what they draft by their definition: no cache, no batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import linear, silu
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from dspark_serving.drafters import read_spec
+from dspark_serving.drafters.weights import expected_shapes
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def make_eagle3(
+    path: Path, target_config: dict[str, Any], *, draft_vocab: list[int] | None = None, seed: int = 2, **overrides: Any
+) -> dict[str, Tensor]:
+    """Write a random drafter for a target, `overrides` in its config.json; returns its weights."""
+    depth = target_config["num_hidden_layers"]
+    config = {
+        "architectures": ["DsparkServingEagle3Drafter"],
+        "model_type": "qwen3",
+        "dspark_format": "dspark-serving",
+        "family": "eagle3",
+        "layer_kind": "qwen3",
+        "hidden_size": target_config["hidden_size"],
+        "target_hidden_size": target_config["hidden_size"],
+        "intermediate_size": 64,
+        "head_dim": 16,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "attention_bias": False,
+        "qk_norm": True,
+        "norm_before_residual": False,
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": PLAIN_ROPE,
+        "max_position_embeddings": 2048,
+        "vocab_size": target_config["vocab_size"],
+        "dtype": "float32",
+        "num_target_layers": depth,
+        "block_size": 4,
+        "sample_from_anchor": True,
+        "target_layer_ids": list(range(depth - 1)),
+        "markov_rank": 0,
+        "enable_confidence_head": False,
+        "own_head": False,
+        "own_embedding": False,
+        **overrides,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    if draft_vocab is not None:
+        config["draft_vocab_size"] = len(draft_vocab)
+        (path / "draft_vocab.json").write_text(json.dumps({"token_ids": draft_vocab}))
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in expected_shapes(read_spec(path)).items():
+        noise = torch.randn(shape, generator=generator)
+        weights[name] = 1.0 + 0.1 * noise if "norm" in name else 0.15 * noise
+    save_file(weights, path / "model.safetensors")
+    return weights
+
+
+class Drafter(NamedTuple):
+    """A drafter's files beside its target, as plain tensors."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    embedding_VD: Tensor
+    head_VD: Tensor
+    allowed: Tensor | None  # ids of the head's rows
+
+    @staticmethod
+    def read(path: Path, target: PreTrainedModel) -> Drafter:
+        config = json.loads((path / "config.json").read_text())
+        weights = load_file(path / "model.safetensors")
+        vocabulary = path / "draft_vocab.json"
+        allowed = torch.tensor(json.loads(vocabulary.read_text())["token_ids"]) if vocabulary.exists() else None
+        embedding = weights.get("embed_tokens.weight", target.get_input_embeddings().weight)
+        head = weights.get("lm_head.weight", target.get_output_embeddings().weight)
+        if allowed is not None and not config["own_head"]:
+            head = head[allowed]
+        return Drafter(config, weights, embedding, head, allowed)
+
+    def draft(self, ids: list[int], features_TM: Tensor) -> list[int]:
+        """Greedy block behind the anchor, the last of `ids`; features of every token before it."""
+        hidden_TD = linear(features_TM, self.weights["fc.weight"])
+        tokens = ids[1:]  # row i has token i + 1
+        drafted: list[int] = []
+        for _ in range(self.config["block_size"]):
+            output_D = self._layer(hidden_TD, self.embedding_VD[tokens])[-1]
+            best = int((self.head_VD @ self._norm(output_D, "norm")).argmax())
+            drafted.append(best if self.allowed is None else int(self.allowed[best]))
+            hidden_TD, tokens = torch.cat([hidden_TD, output_D[None]]), [*tokens, drafted[-1]]
+        return drafted
+
+    def _layer(self, hidden_TD: Tensor, embeds_TD: Tensor) -> Tensor:
+        normed_TD = self._norm(hidden_TD, "layers.0.hidden_norm")
+        residual_TD = normed_TD if self.config["norm_before_residual"] else hidden_TD
+        inputs = torch.cat([self._norm(embeds_TD, "layers.0.input_layernorm"), normed_TD], dim=-1)
+        residual_TD = residual_TD + self._attention(inputs)
+        inner = self._norm(residual_TD, "layers.0.post_attention_layernorm")
+        gate, up = (self._linear(inner, f"mlp.{name}_proj") for name in ("gate", "up"))
+        return residual_TD + self._linear(silu(gate) * up, "mlp.down_proj")
+
+    def _attention(self, inputs: Tensor) -> Tensor:
+        heads, kv_heads, size = (
+            self.config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+        )
+        rows = len(inputs)
+        q, k, v = (self._linear(inputs, f"self_attn.{name}_proj").view(rows, -1, size) for name in "qkv")
+        if self.config["qk_norm"]:
+            q, k = (self._norm(x, f"layers.0.self_attn.{name}_norm") for x, name in ((q, "q"), (k, "k")))
+        names = ("hidden_size", "head_dim", "num_attention_heads", "max_position_embeddings", "rope_parameters")
+        rotary = LlamaRotaryEmbedding(LlamaConfig(**{name: self.config[name] for name in names}))
+        cos, sin = rotary(inputs[None], torch.arange(rows)[None])
+        q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2))
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v.transpose(0, 1)))
+        hides = torch.ones(rows, rows).triu(1).bool()
+        scores = (q @ k.transpose(1, 2) / math.sqrt(size)).masked_fill(hides, -math.inf)
+        return self._linear((scores.softmax(-1) @ v).transpose(0, 1).reshape(rows, -1), "self_attn.o_proj")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return linear(x, self.weights[f"layers.0.{name}.weight"], self.weights.get(f"layers.0.{name}.bias"))
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return x * scale * self.weights[f"{name}.weight"]
+
+
+@torch.no_grad()
+def speculative_decode(
+    drafter: Drafter, target: PreTrainedModel, prompt: list[int], max_new_tokens: int
+) -> tuple[list[int], list[list[int]], list[int]]:
+    """Greedy: everything after the prompt, one drafted block a round, accepted drafts of each round."""
+
+    def run(ids: list[int]) -> tuple[list[int], Tensor]:
+        out = target(torch.tensor([ids]), output_hidden_states=True)
+        features = torch.cat([out.hidden_states[i + 1] for i in drafter.config["target_layer_ids"]], dim=-1)
+        return out.logits[0].argmax(-1).tolist(), features[0]
+
+    ids = [*prompt, run(prompt)[0][-1]]
+    drafts, accepts = [], []
+    while len(ids) - len(prompt) < max_new_tokens:
+        drafts.append(drafter.draft(ids, run(ids)[1][:-1]))
+        best = run(ids + drafts[-1])[0][len(ids) - 1 :]
+        accepts.append(next((k for k, token in enumerate(drafts[-1]) if token != best[k]), len(drafts[-1])))
+        ids += [*drafts[-1][: accepts[-1]], best[accepts[-1]]]
+    return ids[len(prompt) :][:max_new_tokens], drafts, accepts
