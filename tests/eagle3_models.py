@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from dspark_serving.drafters import read_spec
 from dspark_serving.drafters.weights import expected_shapes
+from tests.tiny_models import make_tiny_target
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3_ROPE = {
@@ -165,3 +166,35 @@ def speculative_decode(
         accepts.append(next((k for k, token in enumerate(drafts[-1]) if token != best[k]), len(drafts[-1])))
         ids += [*drafts[-1][: accepts[-1]], best[accepts[-1]]]
     return ids[len(prompt) :][:max_new_tokens], drafts, accepts
+
+
+def make_bigram_pair(target_path: Path, drafter_path: Path, arch: str = "qwen3", *, seed: int = 0) -> None:
+    """A target whose next token hangs mostly on the last one, and a drafter that knows this and little else.
+
+    The drafter's attention sees its own row only (constant queries and keys, apart by their rotation) and copies the
+    token's embedding to the target's head; its features add noise. So some of what it drafts is accepted.
+    """
+    config = make_tiny_target(target_path, arch, seed=seed, tied=False)
+    weights = load_file(target_path / "model.safetensors")
+    for name, weight in weights.items():
+        # The embedding outweighs what the layers add to it.
+        weight *= 10.0 if "embed_tokens" in name else 0.3 if "o_proj" in name or "down_proj" in name else 1.0
+    save_file(weights, target_path / "model.safetensors", {"format": "pt"})
+    d, size = config["hidden_size"], 16
+    drafter = make_eagle3(
+        drafter_path, config, num_key_value_heads=3, attention_bias=True, qk_norm=False, norm_before_residual=True
+    )
+    attention = {name: drafter[f"layers.0.self_attn.{name}_proj.weight"].zero_() for name in "qkvo"}
+    attention["v"][:, :d] = torch.eye(d)
+    for head in range(3):  # of the two query heads of each key-value head the first
+        own = slice(size * head, size * (head + 1))
+        attention["o"][own, 2 * size * head : 2 * size * head + size] = torch.eye(size)
+    for name in "qkvo":
+        bias = drafter[f"layers.0.self_attn.{name}_proj.bias"].zero_()
+        if name in "qk":
+            bias.view(-1, size)[:, : size // 2] = 5.0
+    for name, scale in {"input_layernorm": 1.0, "hidden_norm": 0.2, "post_attention_layernorm": 1.0}.items():
+        drafter[f"layers.0.{name}.weight"].fill_(scale)
+    drafter["layers.0.mlp.down_proj.weight"] *= 0.3
+    drafter["norm.weight"].fill_(1.0)
+    save_file(drafter, drafter_path / "model.safetensors")
