@@ -94,12 +94,16 @@ class Fields:
         )
 
 
-def layer_fields(fields: Fields) -> dict[str, Any]:
-    """The fields of DrafterSpec that every format takes from an ordinary transformers config."""
+def layer_fields(fields: Fields, *, chain: bool) -> dict[str, Any]:
+    """The fields of DrafterSpec that every format takes from an ordinary transformers config.
+
+    Args:
+        chain: whether it is an Eagle3 drafter, whose layer attends to everything, whatever its target's layers do.
+    """
     heads = fields.integer("num_attention_heads", low=1)
     hidden_size = fields.integer("hidden_size", low=1)
     layers = fields.integer("num_hidden_layers", low=1)
-    layer_types, window = _attention_kinds(fields, layers)
+    layer_types, window = (("full_attention",) * layers, None) if chain else _attention_kinds(fields, layers)
     if fields.flag("mlp_bias", False):
         raise fields.error("mlp_bias is true", "MLPs without bias")
     return {

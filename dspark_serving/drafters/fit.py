@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_serving.drafters.registry import check_layer_ids
-from dspark_serving.drafters.spec import DrafterSpec, read_json_object
+from dspark_serving.drafters.spec import DEFAULT_FEATURES, DrafterSpec, read_json_object
 from dspark_serving.errors import CheckpointError
 
 # (field of the spec, field of the target's config.json, in words); an unknown value of either is no problem
@@ -54,6 +54,8 @@ def fit_problems(spec: DrafterSpec, target_config: Mapping[str, Any], target: Pa
         if expected is not None and found is not None and found != expected:
             problems.append(f"its {words} is {found}, the target's {expected}")
     depth = text_config.get("num_hidden_layers")
+    if isinstance(depth, int) and not spec.target_layer_ids and len(_default_layers(depth)) < DEFAULT_FEATURES:
+        problems.append(f"it reads EAGLE-3's default layers, for which the target's {depth} layers are too few")
     if isinstance(depth, int) and spec.num_target_layers is None:
         outside = [layer for layer in spec.target_layer_ids if layer >= depth - 1]
         if outside:
@@ -63,17 +65,21 @@ def fit_problems(spec: DrafterSpec, target_config: Mapping[str, Any], target: Pa
 
 
 def complete(spec: DrafterSpec, target_config: Mapping[str, Any]) -> DrafterSpec:
-    """The spec with what its format leaves to the target's depth.
-
-    Eagle3's default layers: SGLang and vLLM read the inputs of layers 2, n // 2 and n - 3, which are the outputs of the
-    layers before them. Source: sglang 0.5.23, srt/models/llama.py, set_eagle3_layers_to_capture.
-    """
+    """The spec with what its format leaves to the target's depth; unchanged when the target does not say it either."""
     text_config = target_config.get("text_config") or target_config
     depth = spec.num_target_layers or text_config.get("num_hidden_layers")
     if not isinstance(depth, int):
         return spec
-    default = tuple(sorted({1, depth // 2 - 1, depth - 4}))
-    return replace(spec, num_target_layers=depth, target_layer_ids=spec.target_layer_ids or default)
+    return replace(spec, num_target_layers=depth, target_layer_ids=spec.target_layer_ids or _default_layers(depth))
+
+
+def _default_layers(depth: int) -> tuple[int, ...]:
+    """EAGLE-3's default feature layers of a target.
+
+    SGLang and vLLM read the inputs of layers 2, n // 2 and n - 3, which are the outputs of the layers before them.
+    Source: sglang 0.5.23, srt/models/llama.py, set_eagle3_layers_to_capture.
+    """
+    return tuple(sorted({1, depth // 2 - 1, depth - 4}))
 
 
 def _special_token_problems(

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dspark_serving.drafters.fields import Fields
-from dspark_serving.drafters.readers import deepspec, own
+from dspark_serving.drafters.readers import deepspec, eagle3, own, specforge, speculators, zlab
 from dspark_serving.drafters.readers.reader import Reader
 from dspark_serving.drafters.spec import DrafterSpec, ascending_ids
+from dspark_serving.drafters.unserved import refuse_unserved
 from dspark_serving.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-READERS: dict[str, Reader] = {reader.format: reader for reader in (own.READER, deepspec.READER)}
+# In this order: SpecForge's DFlash drafters with its own fields are no z-lab ones.
+READERS: dict[str, Reader] = {
+    module.READER.format: module.READER for module in (own, speculators, deepspec, specforge, zlab, eagle3)
+}
 
 
 def read_spec(path: str | Path) -> DrafterSpec:
@@ -32,6 +36,7 @@ def read_spec(path: str | Path) -> DrafterSpec:
             fix="Check --speculative-draft-model-path.",
         )
     fields = Fields.of(directory)
+    refuse_unserved(fields)
     spec = _reader(fields).read(directory, fields)
     if spec.format not in READERS:
         raise fields.error(f"dspark_format is {spec.format!r}", f"one of {', '.join(READERS)}")
@@ -54,7 +59,11 @@ def _reader(fields: Fields) -> Reader:
     for reader in READERS.values():
         if reader.recognises(fields):
             return reader
-    raise fields.error(f"architectures is {fields.get('architectures')!r}", "a drafter of a known format")
+    raise CheckpointError(
+        f"{fields.path}: architectures is {fields.get('architectures')!r}, which is no drafter of a known format",
+        expected="a drafter of DeepSpec, z-lab, SpecForge, speculators or this project, or LlamaForCausalLMEagle3",
+        fix="Check --speculative-draft-model-path.",
+    )
 
 
 def _check_consistency(spec: DrafterSpec, fields: Fields) -> None:
@@ -72,6 +81,8 @@ def _check_consistency(spec: DrafterSpec, fields: Fields) -> None:
             f"target_hidden_size ({spec.target_hidden_size}) is not hidden_size ({spec.hidden_size})",
             "the same, for a drafter that shares the target's embedding or output head",
         )
+    if spec.sliding_window is not None:
+        raise fields.error("its layers attend in a sliding window (layer_types)", "layers with full attention")
     check_layer_ids(spec)
 
 

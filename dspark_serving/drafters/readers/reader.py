@@ -44,7 +44,7 @@ def describe(
     **particulars: Any,
 ) -> DrafterSpec:
     """A spec from transformers' usual fields; `particulars` are the fields of the spec that differ from the usual."""
-    shared = layer_fields(fields)
+    shared = layer_fields(fields, chain=family == "eagle3")
     usual: dict[str, Any] = {
         "architecture": architecture(fields),
         "qk_norm": layer_kind != "llama",
