@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.nn.functional import linear, silu
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from dspark_serving.drafters import read_spec
+from dspark_serving.drafters import canonical_names, read_spec
 from dspark_serving.drafters.weights import expected_shapes
 from tests.tiny_models import make_tiny_target
 
@@ -91,13 +92,17 @@ class Drafter(NamedTuple):
 
     @staticmethod
     def read(path: Path, target: PreTrainedModel) -> Drafter:
+        """The drafter in a canonical directory."""
         config = json.loads((path / "config.json").read_text())
-        weights = load_file(path / "model.safetensors")
+        rename = canonical_names(config["dspark_format"])
+        named = ((rename(name), weight) for name, weight in load_file(path / "model.safetensors").items())
+        weights = {name: weight for name, weight in named if name is not None}
         vocabulary = path / "draft_vocab.json"
         allowed = torch.tensor(json.loads(vocabulary.read_text())["token_ids"]) if vocabulary.exists() else None
-        embedding = weights.get("embed_tokens.weight", target.get_input_embeddings().weight)
-        head = weights.get("lm_head.weight", target.get_output_embeddings().weight)
-        if allowed is not None and not config["own_head"]:
+        own_head, own_embedding = config["own_head"], config["own_embedding"]
+        embedding = weights["embed_tokens.weight"] if own_embedding else target.get_input_embeddings().weight
+        head = weights["lm_head.weight"] if own_head else target.get_output_embeddings().weight
+        if allowed is not None and not own_head:
             head = head[allowed]
         return Drafter(config, weights, embedding, head, allowed)
 
@@ -147,25 +152,45 @@ class Drafter(NamedTuple):
         return x * scale * self.weights[f"{name}.weight"]
 
 
+class Decoded(NamedTuple):
+    tokens: list[int]  # everything after the prompt
+    drafts: list[list[int]]  # one block a round that drafts
+    accepted: list[int]  # accepted drafts of those rounds, without the bonus token
+
+
+def always(context: int) -> bool:
+    """Draft in every round."""
+    return True
+
+
 @torch.no_grad()
 def speculative_decode(
-    drafter: Drafter, target: PreTrainedModel, prompt: list[int], max_new_tokens: int
-) -> tuple[list[int], list[list[int]], list[int]]:
-    """Greedy: everything after the prompt, one drafted block a round, accepted drafts of each round."""
+    drafter: Drafter,
+    target: PreTrainedModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    drafts_at: Callable[[int], bool] = always,
+) -> Decoded:
+    """Greedy rounds, with a draft where `drafts_at` says so of the tokens before the anchor; no cache of any kind."""
 
     def run(ids: list[int]) -> tuple[list[int], Tensor]:
         out = target(torch.tensor([ids]), output_hidden_states=True)
         features = torch.cat([out.hidden_states[i + 1] for i in drafter.config["target_layer_ids"]], dim=-1)
         return out.logits[0].argmax(-1).tolist(), features[0]
 
-    ids = [*prompt, run(prompt)[0][-1]]
-    drafts, accepts = [], []
+    ids = [*prompt, run(prompt)[0][-1]]  # prefill draws the first anchor
+    drafts, accepted = [], []
     while len(ids) - len(prompt) < max_new_tokens:
-        drafts.append(drafter.draft(ids, run(ids)[1][:-1]))
-        best = run(ids + drafts[-1])[0][len(ids) - 1 :]
-        accepts.append(next((k for k, token in enumerate(drafts[-1]) if token != best[k]), len(drafts[-1])))
-        ids += [*drafts[-1][: accepts[-1]], best[accepts[-1]]]
-    return ids[len(prompt) :][:max_new_tokens], drafts, accepts
+        best, features = run(ids)
+        if not drafts_at(len(ids) - 1):
+            ids.append(best[-1])
+            continue
+        draft = drafter.draft(ids, features[:-1])
+        best = run(ids + draft)[0][len(ids) - 1 :]
+        drafts.append(draft)
+        accepted.append(next((k for k, token in enumerate(draft) if token != best[k]), len(draft)))
+        ids += [*draft[: accepted[-1]], best[accepted[-1]]]
+    return Decoded(ids[len(prompt) :][:max_new_tokens], drafts, accepted)
 
 
 def make_bigram_pair(target_path: Path, drafter_path: Path, arch: str = "qwen3", *, seed: int = 0) -> None:
