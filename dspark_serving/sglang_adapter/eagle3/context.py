@@ -6,8 +6,9 @@ but the last has its token; the features of the last one wait, one row a request
 
 Rows are found by the request's place in SGLang's pool. What waits there is overwritten by the prefill that every
 request starts with, so a request that ended, was aborted or was retracted leaves nothing behind. A prefix that came
-from SGLang's radix cache has its rows; the last of them was paired with the token of the request that computed it, and
-slots shared with another request keep the last writer's: that can cost accepted drafts, never exactness.
+from SGLang's radix cache has its rows, but the last of them was paired with the token of the request that computed it
+(or was not written, when that request ended there), and a slot that several requests share keeps the last writer's row:
+that can cost accepted drafts, never exactness.
 
 Legend of shape suffixes: S places of the request pool, R requests, N rows, M features of a position.
 """
@@ -52,7 +53,7 @@ class ChainContext(TargetHiddenKvInjector):
     """Stands in for SGLang's injector of target features, and for TargetVerifyExecutor.commit_hidden.
 
     Where `late` is set, rows of rounds are kept and written together before a draft pass or a prefill, as in
-    cpu/commit.py; a row whose slot went to another request is written before that request's rows.
+    cpu/commit.py: a row whose slot went to another request since is written before that request's rows.
     """
 
     late = False
@@ -190,15 +191,13 @@ class ChainContext(TargetHiddenKvInjector):
         self._write(rows)
 
     def _keep(self, batch: Any, rows: _Rows) -> None:
-        if not self.late:
-            self._write(rows)
-            return
-        if self._requests is not None and not torch.equal(self._requests, batch.req_pool_indices):
-            self.flush()
-        self._requests = batch.req_pool_indices
+        if self.late:
+            if self._requests is not None and not torch.equal(self._requests, batch.req_pool_indices):
+                self.flush()
+            self._requests = batch.req_pool_indices
         self._pending.append(rows)
         self._pending_rows += len(rows.positions_N)
-        if self._pending_rows >= MOST_ROWS:
+        if not self.late or self._pending_rows >= MOST_ROWS:
             self.flush()
 
     def _write(self, rows: _Rows) -> None:
