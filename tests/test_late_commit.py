@@ -82,6 +82,6 @@ def test_a_row_that_went_to_another_request_keeps_the_later_features() -> None:
 def test_what_waits_is_bounded() -> None:
     injector = Injector()
     late = LateCommit(injector, STRIDE)
-    for step in range(commit._MOST_ROWS // STRIDE + 1):
+    for step in range(commit.MOST_ROWS // STRIDE + 1):
         one_round(late, [1], STRIDE * step, [3], 0.0)
     assert injector.writes == 1

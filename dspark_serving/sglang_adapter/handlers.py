@@ -82,6 +82,11 @@ def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:
     http_server.app.include_router(routes.router(http_server.get_global_state))
 
 
+def require_markov(self: Any) -> bool:
+    """Instead of asking for a Markov head: a drafter without one is served, and build_markov_head says which."""
+    return True
+
+
 def chain_speculative_sampling(*args: Any, **kwargs: Any) -> None:
     """Instead of the Triton kernel."""
     from dspark_serving.sglang_adapter.cpu import sampling
@@ -91,9 +96,9 @@ def chain_speculative_sampling(*args: Any, **kwargs: Any) -> None:
 
 def draft_probs(original: Callable[..., Any], draft_block: Any, vocab: int, device: Any) -> Any:
     """Around the draft distributions of the rejection rule."""
-    from dspark_serving.sglang_adapter.cpu import drafting
+    from dspark_serving.sglang_adapter import draws
 
-    return drafting.sampled_probabilities(original, draft_block, vocab, device)
+    return draws.sampled_probabilities(original, draft_block, vocab, device)
 
 
 def no_fused_kv_write(self: Any, pool: Any) -> None:

@@ -12,7 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dspark_serving.config import load_config
 from dspark_serving.errors import EnvironmentMismatchError
-from dspark_serving.sglang_adapter import handlers
+from dspark_serving.sglang_adapter import handlers, models
 from dspark_serving.sglang_adapter.bases import BASES
 from dspark_serving.sglang_adapter.cpu import enable
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
@@ -45,6 +45,10 @@ HOOKS = (
     Seam(
         f"{_ARGS}.resolve_once", HookType.BEFORE, handlers.before_resolution, "self",
         "refuse an unusable drafter before anything is loaded; defaults for a machine without accelerator",
+    ),
+    Seam(
+        f"{_DSPARK}.dspark_config.DSparkDraftConfig.require_markov", HookType.REPLACE, handlers.require_markov, "self",
+        "DFlash has no Markov head",
     ),
     Seam(
         f"{_SPEC}.spec_info.SpeculativeAlgorithm.create_worker", HookType.AROUND, handlers.create_worker,
@@ -88,7 +92,7 @@ HOOKS = (
     ),
     Seam(
         f"{_DSPARK}.dspark_verify._draft_probs", HookType.AROUND, handlers.draft_probs,
-        "draft_block, vocab, device", "reject with the very distributions that were sampled from", cpu_only=True,
+        "draft_block, vocab, device", "reject with the very distributions that were sampled from",
     ),
     Seam(
         "sglang.srt.models.dspark.DSparkDraftMixin._build_fused_kv_write_bundle", HookType.REPLACE,
@@ -144,6 +148,7 @@ def register() -> None:
         check_signature(hook.symbol, hook.signature)
     for hook in active_hooks():
         HookRegistry.register(hook.symbol, hook.handler, hook.kind)
+    models.register()
     if serves_on_cpu():
         enable.register_backend()
 

@@ -12,12 +12,14 @@ import torch
 from sglang.srt.speculative.dspark_components.dspark_draft import (
     DraftBlockProposer,
     DraftBlockResult,
+    DraftParams,
     DraftProposal,
     resolve_draft_params,
 )
 
 from dspark_serving.scheduler.round import Plan
 from dspark_serving.scheduler.survival_map import SurvivalMap, draft_statistics
+from dspark_serving.sglang_adapter.draws import Chain
 
 
 class PolicyProposer(DraftBlockProposer):
@@ -54,6 +56,12 @@ class PolicyProposer(DraftBlockProposer):
         if self.survival_map is None or not self.judges:
             return proposal
         return msgspec.structs.replace(proposal, confidence=_estimate(proposal.draft_block, self.survival_map))
+
+    def _estimated(self, chain: Chain, params: DraftParams) -> torch.Tensor | None:
+        """Confidences [B, G] of a block that was drafted here, for a drafter without a confidence head."""
+        if self.survival_map is None or chain.statistics_BG3 is None:
+            return None
+        return self.survival_map.apply(chain.statistics_BG3, params.step_temperatures)
 
     def _propose_nothing(self, draft_input: Any, bs: int, sampling_info: Any) -> DraftProposal:
         """A block of which no token is verified: mask tokens behind the anchor, as certain drafts.

@@ -18,7 +18,7 @@ from dspark_serving.drafters import read_spec
 from dspark_serving.metrics import RoundStats, ServerMetrics
 from dspark_serving.scheduler.baselines import FullPolicy
 from dspark_serving.scheduler.round import Policy
-from dspark_serving.sglang_adapter import resolution
+from dspark_serving.sglang_adapter import eagle3, resolution
 from dspark_serving.sglang_adapter.cpu import plain
 from dspark_serving.sglang_adapter.device import DeviceAdmission
 from dspark_serving.sglang_adapter.plan_sync import PlanSync
@@ -47,19 +47,21 @@ class DsparkServingWorker(DSparkWorkerV2):
         self.repertoire: Repertoire | None = None
         self.recorder: FlightRecorder | None = None
         self._metrics = ServerMetrics(__version__) if server_args.enable_metrics else None
-        with _our_parts(on_cpu=self._on_cpu):
+        spec = read_spec(resolution.local_directory(server_args.speculative_draft_model_path, "drafter"))
+        with _our_parts(spec.family, on_cpu=self._on_cpu):
             super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
         if not self._hosts_draft:
             return
         parallel = get_parallel()
         ranks = parallel.tp_group
         self._verify_planner.plan_sync = PlanSync(ranks.cpu_group if parallel.tp_size > 1 else None, ranks.first_rank)
-        spec = read_spec(resolution.local_directory(server_args.speculative_draft_model_path, "drafter"))
         headless = getattr(self.draft_model, "confidence_head", None) is None
         if headless and self._verify_planner.schedules_verify_budget:
             self._proposer.survival_map = resolution.survival_map_of(spec)
             logger.info("%s has no confidence head: estimating from its draft distributions", spec.path)
-        if self._on_cpu:
+        if spec.family == "eagle3":
+            self._late_commit = eagle3.prepare_worker(self, spec, late=self._on_cpu)
+        elif self._on_cpu:
             from dspark_serving.sglang_adapter.cpu import enable
 
             self._late_commit = enable.prepare_worker(self, spec)
@@ -126,9 +128,9 @@ class DsparkServingWorker(DSparkWorkerV2):
         planner = self._verify_planner
         with self.stats.round():
             plan = self._proposer.plan = planner.begin(batch)
-            if plan.drafts and self._late_commit is not None:
-                self._late_commit.flush()
-            if self._late_commit is not None and not plan.drafts and plain.is_plain(batch):
+            if self._late_commit is not None:
+                self._late_commit.begin_round(batch, drafts=plan.drafts)
+            if self._on_cpu and not plan.drafts and plain.is_plain(batch):
                 result = plain.run(self, batch, on_publish, self._late_commit)
             else:
                 result = super()._forward_decode(batch, on_publish, *args, **kwargs)
@@ -175,14 +177,15 @@ class DsparkServingWorker(DSparkWorkerV2):
 
 
 @contextmanager
-def _our_parts(*, on_cpu: bool) -> Iterator[None]:
-    """Let SGLang's constructor build our planner and proposer: it takes both from names of its module."""
-    proposer: type[PolicyProposer] = PolicyProposer
-    if on_cpu:
+def _our_parts(family: str, *, on_cpu: bool) -> Iterator[None]:
+    """Let SGLang's constructor build our planner and proposer: it takes them from names of its module."""
+    parts: dict[str, Any] = {"DSparkVerifyPlanner": PolicyPlanner, "DraftBlockProposer": PolicyProposer}
+    if family == "eagle3":
+        parts |= eagle3.PARTS
+    elif on_cpu:
         from dspark_serving.sglang_adapter.cpu.drafting import CpuProposer
 
-        proposer = CpuProposer
-    parts = {"DSparkVerifyPlanner": PolicyPlanner, "DraftBlockProposer": proposer}
+        parts["DraftBlockProposer"] = CpuProposer
     native = {name: getattr(dspark_worker_v2, name) for name in parts}
     for name, part in parts.items():
         setattr(dspark_worker_v2, name, part)

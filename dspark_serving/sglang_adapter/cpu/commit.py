@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_MOST_ROWS = 512  # kept at most: 3 MB of features for the demo drafter
+MOST_ROWS = 512  # kept at most: 3 MB of features for the demo drafter
 
 
 class _Rows(NamedTuple):
@@ -62,7 +62,12 @@ class LateCommit:
         cache_loc_N = self._injector.ids_for(kv_loc_plan).view(-1)[kept_N]
         self._pending.append(_Rows(hidden_NM, cache_loc_N, positions_N))
         self._rows += len(kept_N)
-        if self._rows >= _MOST_ROWS:
+        if self._rows >= MOST_ROWS:
+            self.flush()
+
+    def begin_round(self, batch: Any, *, drafts: bool) -> None:
+        """Before a round; a draft pass reads the context."""
+        if drafts:
             self.flush()
 
     def flush(self) -> None:

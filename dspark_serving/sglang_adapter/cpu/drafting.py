@@ -7,32 +7,15 @@ ten times the draft layers. This one also knows drafters with a reduced vocabula
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from sglang.srt.speculative.dspark_components.dspark_draft import DraftBlockResult, DraftProposal, resolve_draft_params
+from sglang.srt.speculative.dspark_components.dspark_draft import DraftProposal, resolve_draft_params
 from torch.nn.functional import linear
 
-from dspark_serving.scheduler.survival_map import draft_statistics
 from dspark_serving.sglang_adapter.cpu.linear import PackedWeight, is_packable
+from dspark_serving.sglang_adapter.draws import Chain, Draws, sampled_block
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
-
-
-class SampledBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]  # a msgspec.Struct, not typed here
-    """A drafted block that carries the distributions its tokens were drawn from."""
-
-    draft_probs: torch.Tensor | None = None
-    """[B, gamma, V] fp32; rejection must use these and nothing recomputed (DeepSpec issue 31)."""
-
-
-class Chain(NamedTuple):
-    """Tokens drafted for B requests."""
-
-    tokens_BG: torch.Tensor
-    probs_BGV: torch.Tensor | None
-    """Distributions over the full vocabulary; None when every request is greedy."""
-    statistics_BG3: torch.Tensor | None
-    """Of the distributions, where the chain was asked for them (scheduler/survival_map.py)."""
 
 
 class DraftChain:
@@ -75,37 +58,13 @@ class DraftChain:
     ) -> Chain:
         """Draft gamma tokens a request; rows of `greedy_B` take the most probable token at every step."""
         base_BGV = self._project(hidden_BGD.to(self._head_dtype))
-        all_greedy = bool(greedy_B.all())
-        temperatures_B = torch.where(greedy_B, 1.0, temperatures_B)
+        draws = Draws(temperatures_B, greedy_B, self._vocab_size, self._token_ids, judged=self._judged)
         state = self._markov_head.init_state(hidden_BGD)
-        previous_B, tokens, probs, statistics = anchors_B, [], [], []
+        previous_B = anchors_B
         for step in range(hidden_BGD.shape[1]):
             bias_BV, state = self._markov_head.step_bias(previous_B, hidden_states=hidden_BGD[:, step], state=state)
-            logits_BV = base_BGV[:, step].float() + bias_BV
-            index_B = logits_BV.argmax(dim=1)
-            if not all_greedy:
-                logits_BV = logits_BV / temperatures_B[:, None]
-                probs.append(logits_BV.softmax(dim=1))
-            if self._judged:
-                statistics.append(draft_statistics(logits_BV, None if all_greedy else probs[-1]))
-            if not all_greedy:
-                drawn_B = torch.multinomial(probs[-1], 1).squeeze(1)
-                index_B = torch.where(greedy_B, index_B, drawn_B)
-            previous_B = index_B if self._token_ids is None else self._token_ids[index_B]
-            tokens.append(previous_B)
-        return Chain(
-            torch.stack(tokens, dim=1),
-            None if all_greedy else self._to_full_vocabulary(probs),
-            torch.stack(statistics, dim=1) if self._judged else None,
-        )
-
-    def _to_full_vocabulary(self, probs: list[torch.Tensor]) -> torch.Tensor:
-        probs_BGV = torch.stack(probs, dim=1)
-        if self._token_ids is None:
-            return probs_BGV
-        full_BGV = probs_BGV.new_zeros(*probs_BGV.shape[:2], self._vocab_size)
-        full_BGV[..., self._token_ids] = probs_BGV
-        return full_BGV
+            previous_B = draws.draw(base_BGV[:, step].float() + bias_BV)
+        return draws.chain()
 
 
 class CpuProposer(PolicyProposer):
@@ -141,26 +100,11 @@ class CpuProposer(PolicyProposer):
                 confidence, confidence_raw = self.draft_model.compute_confidence(
                     anchor_tokens=anchors_B, draft_tokens=chain.tokens_BG, confidence_features=forward.raw_hidden
                 )
-            elif self.survival_map is not None and chain.statistics_BG3 is not None:
-                confidence = self.survival_map.apply(chain.statistics_BG3, params.step_temperatures)
-        block = SampledBlock(
-            draft_tokens=chain.tokens_BG,
-            corrected_logits=None,
-            greedy_mask=params.greedy_mask,
-            temperatures=params.temperatures,
-            greedy_draft=chain.probs_BGV is None,
-            draft_probs=chain.probs_BGV,
-        )
+            else:
+                confidence = self._estimated(chain, params)
         return DraftProposal(
             draft_block_ids=forward.draft_block_ids,
-            draft_block=block,
+            draft_block=sampled_block(chain, params),
             confidence=confidence,
             confidence_raw=confidence_raw,
         )
-
-
-def sampled_probabilities(original: Any, draft_block: DraftBlockResult, vocab: int, device: Any) -> torch.Tensor:
-    """Around SGLang's `_draft_probs`: a block sampled here brings the very distributions it was drawn from."""
-    if isinstance(draft_block, SampledBlock) and draft_block.draft_probs is not None:
-        return draft_block.draft_probs
-    return original(draft_block, vocab, device)
