@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from dspark_serving.drafters.fit import check_fit
 from dspark_serving.drafters.spec import DrafterSpec, read_spec
-from dspark_serving.drafters.weights import check_target_files, check_weights
+from dspark_serving.drafters.weights import canonical_names, check_target_files, check_weights
 
-__all__ = ["DrafterSpec", "check_fit", "check_target_files", "check_weights", "read_spec"]
+__all__ = ["DrafterSpec", "canonical_names", "check_fit", "check_target_files", "check_weights", "read_spec"]

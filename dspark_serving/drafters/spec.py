@@ -9,7 +9,7 @@ from typing import Any
 
 from dspark_serving.errors import CheckpointError
 
-ARCHITECTURES = ("Qwen3DSparkModel",)
+ARCHITECTURES = ("Qwen3DSparkModel", "DsparkServingBlockDrafter")
 MARKOV_TYPES = ("vanilla", "gated", "rnn")
 
 
@@ -43,6 +43,11 @@ class DrafterSpec:
     confidence_with_markov: bool
     draft_token_ids: tuple[int, ...] | None
     """Ids that the drafter may propose, ascending; None for the whole vocabulary."""
+    family: str = "dspark"
+    layer_kind: str = "qwen3"
+    anchor_predicts: bool = True
+    own_head: bool = False
+    own_embedding: bool = False
 
 
 def read_spec(path: str | Path) -> DrafterSpec:
@@ -61,7 +66,7 @@ def read_spec(path: str | Path) -> DrafterSpec:
         )
     fields = _Fields(directory / "config.json")
     architecture = _architecture(fields)
-    rank = fields.integer("markov_rank", low=1)
+    rank = fields.integer("markov_rank", low=0)
     head_type = str(fields.get("markov_head_type", "vanilla")).lower()
     if head_type not in MARKOV_TYPES:
         raise fields.error(f"markov_head_type is {head_type!r}", f"one of {', '.join(MARKOV_TYPES)}")
@@ -86,6 +91,11 @@ def read_spec(path: str | Path) -> DrafterSpec:
         has_confidence=bool(fields.get("enable_confidence_head", False)),
         confidence_with_markov=bool(fields.get("confidence_head_with_markov", True)),
         draft_token_ids=_draft_vocabulary(directory, fields, vocab_size),
+        family=str(fields.get("family", "dspark")),
+        layer_kind=str(fields.get("layer_kind", "qwen3")),
+        anchor_predicts=bool(fields.get("sample_from_anchor", True)),
+        own_head=bool(fields.get("own_head", False)),
+        own_embedding=bool(fields.get("own_embedding", False)),
     )
     _check_consistency(spec, fields)
     return spec

@@ -14,6 +14,10 @@ from dspark_serving.errors import CheckpointError
 IGNORED = ("embed_tokens.weight", "lm_head.weight")
 
 
+def canonical_names(format_name: str):
+    return lambda name: None if name in IGNORED else name.removeprefix("model.")
+
+
 def expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of the drafter, by DeepSpec's names."""
     d, q, kv = spec.hidden_size, spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
@@ -22,26 +26,31 @@ def expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
         "fc.weight": (d, len(spec.target_layer_ids) * d),
         "hidden_norm.weight": (d,),
         "norm.weight": (d,),
-        "markov_head.markov_w1.weight": (vocab, rank),
-        "markov_head.markov_w2.weight": (vocab, rank),
     }
+    if rank:
+        shapes |= {"markov_head.markov_w1.weight": (vocab, rank), "markov_head.markov_w2.weight": (vocab, rank)}
     for i in range(spec.layers):
         layer = f"layers.{i}"
         shapes |= {
             f"{layer}.input_layernorm.weight": (d,),
             f"{layer}.post_attention_layernorm.weight": (d,),
-            f"{layer}.self_attn.q_norm.weight": (spec.head_dim,),
-            f"{layer}.self_attn.k_norm.weight": (spec.head_dim,),
             f"{layer}.mlp.gate_proj.weight": (spec.intermediate_size, d),
             f"{layer}.mlp.up_proj.weight": (spec.intermediate_size, d),
             f"{layer}.mlp.down_proj.weight": (d, spec.intermediate_size),
         }
+        if spec.layer_kind != "llama":
+            shapes |= {f"{layer}.self_attn.{n}_norm.weight": (spec.head_dim,) for n in "qk"}
+        if spec.layer_kind == "gemma4":
+            shapes |= {f"{layer}.{n}_feedforward_layernorm.weight": (d,) for n in ("pre", "post")}
+            shapes[f"{layer}.layer_scalar"] = (1,)
         for name, shape in {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}.items():
+            if name == "v" and spec.layer_kind == "gemma4":
+                continue
             shapes[f"{layer}.self_attn.{name}_proj.weight"] = shape
             if spec.attention_bias:
                 shapes[f"{layer}.self_attn.{name}_proj.bias"] = shape[:1]
     head = {"gated": ("gate_proj", rank, d + rank), "rnn": ("joint_proj", 3 * rank, 2 * rank + d)}
-    if spec.markov_head_type in head:
+    if rank and spec.markov_head_type in head:
         name, rows, columns = head[spec.markov_head_type]
         shapes[f"markov_head.{name}.weight"] = (rows, columns)
         shapes[f"markov_head.{name}.bias"] = (rows,)
