@@ -17,12 +17,10 @@ FILE_VARIABLE = "DRAFT_SPY_FILE"
 
 
 def install() -> None:
-    """Entry point: hook the verification."""
-    HookRegistry.register(
-        "sglang.srt.speculative.dspark_components.dspark_verify.TargetVerifyExecutor.run_compact",
-        _write,
-        HookType.BEFORE,
-    )
+    """Entry point: hook the verification, of ragged and of whole blocks."""
+    executor = "sglang.srt.speculative.dspark_components.dspark_verify.TargetVerifyExecutor"
+    HookRegistry.register(f"{executor}.run_compact", _write, HookType.BEFORE)
+    HookRegistry.register(f"{executor}.run_non_compact", _write_whole, HookType.BEFORE)
 
 
 def environment(directory: Path) -> dict[str, str]:
@@ -48,3 +46,7 @@ def _write(executor: Any, *, batch: Any, draft_tokens: Any, **unused: Any) -> No
     with Path(os.environ[FILE_VARIABLE]).open("a") as file:
         for request, tokens in zip(batch.reqs, draft_tokens.tolist(), strict=True):
             file.write(json.dumps({"request": request.rid, "tokens": tokens}) + "\n")
+
+
+def _write_whole(executor: Any, *, batch: Any, verify_ids_2d: Any, **unused: Any) -> None:
+    _write(executor, batch=batch, draft_tokens=verify_ids_2d[:, 1:])

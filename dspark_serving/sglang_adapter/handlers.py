@@ -82,6 +82,30 @@ def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:
     http_server.app.include_router(routes.router(http_server.get_global_state))
 
 
+def require_markov(self: Any) -> bool:
+    """Instead of asking for a Markov head: a drafter without one is served, and build_markov_head says which."""
+    return True
+
+
+def build_markov_head(original: Callable[..., Any], config: Any) -> Any:
+    """Around the choice of the Markov head: none for our block drafters of rank 0."""
+    from dspark_serving.sglang_adapter.models import block
+
+    if block.ARCHITECTURE in (config.architectures or []) and not config.markov_rank:
+        return block.NoMarkov(config.vocab_size)
+    return original(config)
+
+
+def configure_capture(original: Callable[..., None], **wanted: Any) -> None:
+    """Around the request for the outputs of the target's layers."""
+    from dspark_serving.sglang_adapter import targets
+
+    if not (wanted["is_dspark"] and wanted["dflash_use_aux_hidden_state"]) or not targets.capture_layers(
+        wanted["model"], wanted["dflash_target_layer_ids"]
+    ):
+        original(**wanted)
+
+
 def chain_speculative_sampling(*args: Any, **kwargs: Any) -> None:
     """Instead of the Triton kernel."""
     from dspark_serving.sglang_adapter.cpu import sampling

@@ -12,7 +12,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from dspark_serving.config import load_config
 from dspark_serving.errors import EnvironmentMismatchError
-from dspark_serving.sglang_adapter import handlers
+from dspark_serving.sglang_adapter import handlers, models
 from dspark_serving.sglang_adapter.bases import BASES
 from dspark_serving.sglang_adapter.cpu import enable
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
@@ -45,6 +45,21 @@ HOOKS = (
     Seam(
         f"{_ARGS}.resolve_once", HookType.BEFORE, handlers.before_resolution, "self",
         "refuse an unusable drafter before anything is loaded; defaults for a machine without accelerator",
+    ),
+    Seam(
+        f"{_DSPARK}.dspark_config.DSparkDraftConfig.require_markov", HookType.REPLACE, handlers.require_markov, "self",
+        "DFlash has no Markov head",
+    ),
+    Seam(
+        "sglang.srt.models.dspark.build_markov_head", HookType.AROUND, handlers.build_markov_head, "config",
+        "DFlash has no Markov head",
+    ),
+    Seam(
+        "sglang.srt.model_executor.model_runner_components.attention_backend_setup.configure_aux_hidden_state_capture",
+        HookType.AROUND, handlers.configure_capture,
+        "model, eagle_use_aux_hidden_state, eagle_aux_hidden_state_layer_ids, dflash_use_aux_hidden_state, "
+        "dflash_target_layer_ids, is_dspark",
+        "targets that can show their layers although SGLang has no method for it",
     ),
     Seam(
         f"{_SPEC}.spec_info.SpeculativeAlgorithm.create_worker", HookType.AROUND, handlers.create_worker,
@@ -140,6 +155,7 @@ def register() -> None:
         check_signature(hook.symbol, hook.signature)
     for hook in active_hooks():
         HookRegistry.register(hook.symbol, hook.handler, hook.kind)
+    models.register()
     if serves_on_cpu():
         enable.register_backend()
 

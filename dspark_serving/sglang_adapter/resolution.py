@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dspark_serving.assets.store import cache_root
 from dspark_serving.config import ServingConfig, flag, variable
-from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, read_spec
+from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, make_view, read_spec
 from dspark_serving.drafters.spec import read_json_object
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
+from dspark_serving.sglang_adapter.plugin import ALGORITHMS
+from dspark_serving.sglang_adapter.targets import check_target
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,8 @@ CPU_DEFAULTS: dict[str, Any] = {
     "max_total_tokens": 16384,  # SGLang would reserve most of the memory
 }
 RAGGED_MODE = "SGLANG_RAGGED_VERIFY_MODE"
+# What SGLang's own implementation refuses on a machine without accelerator.
+_NEED_ACCELERATOR = ("dspark", "dflash")
 
 
 def prepare(server_args: Any, config: ServingConfig) -> None:
@@ -32,21 +37,23 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
 
     Raises:
         CheckpointError: the drafter is missing, damaged, or does not fit the target.
-        OptionError: no drafter is given, or the policy needs a confidence head that the drafter lacks.
+        OptionError: no drafter is given, it is of another family than the algorithm, or the policy needs a confidence
+            head that it lacks.
     """
-    wanted = (server_args.speculative_algorithm or "").upper() == "DSPARK"
+    name = (server_args.speculative_algorithm or "").upper()
+    wanted = next((family for family, algorithm in ALGORITHMS.items() if algorithm == name), None)
     cpu = not has_accelerator()
     if cpu:
         _fill_cpu_defaults(server_args)
     if config.disable:
         os.environ[variable("disable")] = "1"  # for the processes that SGLang spawns, which hook nothing then
     if wanted and config.disable:
-        if cpu:
-            logger.warning("%s: SGLang's own DSPARK cannot run here; serving without speculation", flag("disable"))
+        if cpu and wanted in _NEED_ACCELERATOR:
+            logger.warning("%s: SGLang's own %s cannot run here; serving without speculation", flag("disable"), name)
             _declare(server_args, speculative_algorithm=None, speculative_draft_model_path=None)
         return
     if wanted:
-        spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path)
+        spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path, wanted)
         # Ragged verification needs confidences; adaptive then verifies fully and says so.
         if not spec.has_confidence and config.policy not in ("adaptive", "full"):
             raise OptionError(
@@ -55,23 +62,34 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
                 fix="Change the policy, or use a drafter with enable_confidence_head.",
             )
         os.environ.setdefault(RAGGED_MODE, "compact" if spec.has_confidence else "static")
+        view = make_view(spec, cache_root())
+        # All families run in SGLang's DSPARK worker: only that has ragged verification.
+        _declare(server_args, speculative_algorithm=ALGORITHMS["dspark"], speculative_draft_model_path=str(view))
 
 
-def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
-    """Read the drafter completely and check that it fits the target.
+def check_drafter(model_path: str, draft_path: str | None, family: str) -> DrafterSpec:
+    """Read the drafter completely and check that it is of the family that was asked for and fits the target.
 
     Raises:
-        OptionError: no drafter path.
+        OptionError: no drafter path, or one of another family.
         CheckpointError: drafter or target cannot be used.
     """
     if not draft_path:
         raise OptionError(
             "no drafter is given",
-            expected="--speculative-draft-model-path with a DSpark drafter made for this target",
+            expected=f"--speculative-draft-model-path with a {family} drafter made for this target",
             fix="Add it, or drop --speculative-algorithm.",
         )
     spec = read_spec(local_directory(draft_path, "drafter"))
-    check_fit(spec, target_config(model_path))
+    if spec.family != family:
+        raise OptionError(
+            f"--speculative-algorithm {family} with the drafter {spec.path}, which is a {spec.family} drafter",
+            expected=f"--speculative-algorithm {spec.family} for this drafter",
+            fix="Change the algorithm, or give another drafter.",
+        )
+    config = target_config(model_path)
+    check_fit(spec, config)
+    check_target(config, model_path)
     check_weights(spec)
     check_target_files(local_directory(model_path, "target model"))
     return spec
