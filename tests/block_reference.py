@@ -123,8 +123,9 @@ class BlockReference:
                 allowed[self._ids] = 0.0
                 logits = logits + allowed
             if self.config["enable_confidence_head"]:
-                latent = [self.weights["markov_head.markov_w1.weight"][previous]]
-                seen = torch.cat([row, *(latent if self.config["confidence_head_with_markov"] else [])])
+                seen = row
+                if self.config["confidence_head_with_markov"]:
+                    seen = torch.cat([row, self.weights["markov_head.markov_w1.weight"][previous]])
                 confidence.append(float(sigmoid(self._linear("confidence_head.proj", seen))))
             previous = int(logits.argmax())
             tokens.append(previous)

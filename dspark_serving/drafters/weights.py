@@ -2,58 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from dspark_serving.drafters.spec import DrafterSpec, read_json_object
+from dspark_serving.drafters.files import open_weights, weight_files
+from dspark_serving.drafters.registry import canonical_names
+from dspark_serving.drafters.spec import DrafterSpec
 from dspark_serving.errors import CheckpointError
 
-# Frozen copies of the target's own weights: DeepSpec stores them, serving takes the target's.
-IGNORED = ("embed_tokens.weight", "lm_head.weight")
+# Frozen copies of the target's own weights in a drafter without own ones: serving takes the target's.
+TARGET_COPIES = ("embed_tokens.weight", "lm_head.weight")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-def canonical_names(format_name: str):
-    return lambda name: None if name in IGNORED else name.removeprefix("model.")
+def expected_shapes(spec: DrafterSpec) -> Shapes:
+    """Canonical name and shape of every weight of the drafter.
 
-
-def expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of the drafter, by DeepSpec's names."""
-    d, q, kv = spec.hidden_size, spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    rank, vocab = spec.markov_rank, spec.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (d, len(spec.target_layer_ids) * d),
-        "hidden_norm.weight": (d,),
+    Source: DeepSpec's modules; the canonical names are its own. Layers of Eagle3 take 2 * hidden_size inputs.
+    """
+    d = spec.hidden_size
+    shapes: Shapes = {
+        "fc.weight": (d, spec.num_features * spec.target_hidden_size),
         "norm.weight": (d,),
     }
-    if rank:
-        shapes |= {"markov_head.markov_w1.weight": (vocab, rank), "markov_head.markov_w2.weight": (vocab, rank)}
+    if spec.family != "eagle3":
+        shapes["hidden_norm.weight"] = (d,)
     for i in range(spec.layers):
-        layer = f"layers.{i}"
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in _layer_shapes(spec).items()}
+    if spec.own_head:
+        shapes["lm_head.weight"] = (spec.head_rows, d)
+    if spec.own_embedding:
+        shapes["embed_tokens.weight"] = (spec.vocab_size, d)
+    return shapes | _head_shapes(spec)
+
+
+def _layer_shapes(spec: DrafterSpec) -> Shapes:
+    d, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    wide = 2 * d if spec.family == "eagle3" else d
+    shapes: Shapes = {
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+        "mlp.gate_proj.weight": (inner, d),
+        "mlp.up_proj.weight": (inner, d),
+        "mlp.down_proj.weight": (d, inner),
+    }
+    projections = {"q": (q, wide), "k": (kv, wide), "v": (kv, wide), "o": (d, q)}
+    if spec.attention_k_eq_v:
+        del projections["v"]
+    for name, shape in projections.items():
+        shapes[f"self_attn.{name}_proj.weight"] = shape
+        if spec.attention_bias:
+            shapes[f"self_attn.{name}_proj.bias"] = shape[:1]
+    if spec.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (spec.head_dim,), "self_attn.k_norm.weight": (spec.head_dim,)}
+    if spec.family == "eagle3":
+        shapes["hidden_norm.weight"] = (d,)
+    if spec.layer_kind == "gemma4":  # v_norm has no weight
         shapes |= {
-            f"{layer}.input_layernorm.weight": (d,),
-            f"{layer}.post_attention_layernorm.weight": (d,),
-            f"{layer}.mlp.gate_proj.weight": (spec.intermediate_size, d),
-            f"{layer}.mlp.up_proj.weight": (spec.intermediate_size, d),
-            f"{layer}.mlp.down_proj.weight": (d, spec.intermediate_size),
+            "pre_feedforward_layernorm.weight": (d,),
+            "post_feedforward_layernorm.weight": (d,),
+            "layer_scalar": (1,),
         }
-        if spec.layer_kind != "llama":
-            shapes |= {f"{layer}.self_attn.{n}_norm.weight": (spec.head_dim,) for n in "qk"}
-        if spec.layer_kind == "gemma4":
-            shapes |= {f"{layer}.{n}_feedforward_layernorm.weight": (d,) for n in ("pre", "post")}
-            shapes[f"{layer}.layer_scalar"] = (1,)
-        for name, shape in {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}.items():
-            if name == "v" and spec.layer_kind == "gemma4":
-                continue
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = shape
-            if spec.attention_bias:
-                shapes[f"{layer}.self_attn.{name}_proj.bias"] = shape[:1]
-    head = {"gated": ("gate_proj", rank, d + rank), "rnn": ("joint_proj", 3 * rank, 2 * rank + d)}
-    if rank and spec.markov_head_type in head:
-        name, rows, columns = head[spec.markov_head_type]
-        shapes[f"markov_head.{name}.weight"] = (rows, columns)
-        shapes[f"markov_head.{name}.bias"] = (rows,)
+    return shapes
+
+
+def _head_shapes(spec: DrafterSpec) -> Shapes:
+    """Markov and confidence heads."""
+    d, rank = spec.hidden_size, spec.markov_rank
+    shapes: Shapes = {}
+    if rank:
+        shapes |= {
+            "markov_head.markov_w1.weight": (spec.vocab_size, rank),
+            "markov_head.markov_w2.weight": (spec.head_rows, rank),
+        }
+        inner = {"gated": ("gate_proj", rank, d + rank), "rnn": ("joint_proj", 3 * rank, 2 * rank + d)}
+        if spec.markov_head_type in inner:
+            name, rows, columns = inner[spec.markov_head_type]
+            shapes[f"markov_head.{name}.weight"] = (rows, columns)
+            shapes[f"markov_head.{name}.bias"] = (rows,)
     if spec.has_confidence:
         shapes["confidence_head.proj.weight"] = (1, d + (rank if spec.confidence_with_markov else 0))
         shapes["confidence_head.proj.bias"] = (1,)
@@ -64,47 +95,58 @@ def check_weights(spec: DrafterSpec) -> None:
     """Read every weight once and compare with what the spec calls for.
 
     Raises:
-        CheckpointError: no safetensors file, a damaged one, or a weight that is missing, unknown, of another shape or
-            not finite; names the file or the weight.
+        CheckpointError: no safetensors file, a damaged one, or weights that are missing, unknown, of another shape or
+            type, or not finite; names every one of them.
     """
-    expected = expected_shapes(spec)
-    seen: set[str] = set()
-    for path in weight_files(spec.path):
-        for name, tensor in _read(path):
-            if name in IGNORED:
-                continue
-            seen.add(name)
-            _check_tensor(path, name, tensor, expected.get(name))
-    missing = sorted(set(expected) - seen)
-    if missing:
+    problems = weight_problems(spec)
+    if problems:
         raise CheckpointError(
-            f"the drafter {spec.path} lacks {_some(missing)}",
-            expected="every weight that its config.json calls for",
-            fix="Export or copy the drafter again.",
+            f"the weights of the drafter {spec.path} are not what its config.json calls for: {'; '.join(problems)}",
+            expected=f"the {len(expected_shapes(spec))} weights of a {spec.family} drafter ({spec.format})",
+            fix="Check that config.json and weights belong together, or export or copy the drafter again.",
         )
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or those that its index names.
+def weight_problems(spec: DrafterSpec) -> list[str]:
+    """Every way in which the weights differ from what the spec calls for; empty when they agree.
 
     Raises:
-        CheckpointError: there are none; says so when the weights are there in a format that can run code.
+        CheckpointError: the weights cannot be read at all: no safetensors file, or a damaged one.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        named = read_json_object(index, "an index of safetensors files").get("weight_map", {})
-        files = [directory / name for name in sorted(set(named.values()))]
-    else:
-        files = [directory / "model.safetensors"]
-    absent = [path for path in files if not path.is_file()]
-    if not absent:
-        return files
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
-    raise CheckpointError(
-        f"{absent[0]} does not exist" + (f", only pickled weights ({_some(pickled)})" if pickled else ""),
-        expected="weights as safetensors; pickled ones can run code and are never loaded",
-        fix="Convert the weights to safetensors." if pickled else "Copy the checkpoint again.",
-    )
+    expected = expected_shapes(spec)
+    seen: set[str] = set()
+    problems: list[str] = []
+    for name, tensor in _loaded(spec, expected):
+        if name in seen:
+            problems.append(f"{name} is there twice")
+        seen.add(name)
+        problems += _tensor_problems(name, tensor, expected.get(name))
+    missing = sorted(set(expected) - seen)
+    return [f"{name} is missing (shape {list(expected[name])})" for name in missing] + problems
+
+
+def _loaded(spec: DrafterSpec, expected: Shapes) -> Iterator[tuple[str, torch.Tensor]]:
+    """Canonical name and values of each weight that serving loads, one at a time."""
+    rename = canonical_names(spec.format)
+    for path in weight_files(spec.path):
+        with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                canonical = rename(name)
+                if canonical is not None and (canonical in expected or canonical not in TARGET_COPIES):
+                    yield canonical, file.get_tensor(name)
+
+
+def _tensor_problems(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> list[str]:
+    if shape is None:
+        return [f"{name} ({list(tensor.shape)}) is unknown"]
+    problems = []
+    if tuple(tensor.shape) != shape:
+        problems.append(f"{name} has the shape {list(tensor.shape)} instead of {list(shape)}")
+    if tensor.dtype not in DTYPES:
+        problems.append(f"{name} has the type {str(tensor.dtype).removeprefix('torch.')}")
+    elif not bool(torch.isfinite(tensor).all()):
+        problems.append(f"{name} holds values that are no finite numbers")
+    return problems
 
 
 def check_target_files(directory: Path) -> None:
@@ -117,44 +159,4 @@ def check_target_files(directory: Path) -> None:
     if not any("safetensors" in name for name in names) and any(name.endswith((".bin", ".gguf")) for name in names):
         return
     for path in weight_files(directory):
-        _open_whole(path)
-
-
-def _read(path: Path) -> list[tuple[str, torch.Tensor]]:
-    with _open_whole(path) as file:
-        return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
-
-
-def _open_whole(path: Path) -> safe_open:
-    """Open a safetensors file; its header is checked against the file's size."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error})", expected="a complete safetensors file", fix="Copy the checkpoint again."
-        ) from error
-
-
-def _check_tensor(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> None:
-    if shape is None:
-        raise CheckpointError(
-            f"{path} holds an unknown weight {name}",
-            expected="the weights that its config.json calls for and no others",
-            fix="Check that config.json and weights belong together.",
-        )
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"{path}: {name} has the shape {list(tensor.shape)}",
-            expected=f"{list(shape)} by its config.json",
-            fix="Check that config.json and weights belong together.",
-        )
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(
-            f"{path}: {name} holds values that are no finite numbers",
-            expected="finite floating-point weights",
-            fix="Export the drafter again from an earlier training step.",
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        open_weights(path)

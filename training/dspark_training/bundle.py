@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark_serving.drafters import DrafterSpec, read_spec
+from dspark_serving.errors import CheckpointError
 from dspark_training.config import DrafterShape
 from dspark_training.model import DrafterDims, DSparkDrafter
 from dspark_training.target import Target
@@ -91,9 +92,15 @@ def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[DS
     """The drafter of a bundle in plain torch, and its description.
 
     Raises:
-        CheckpointError: config.json is missing or contradicts itself.
+        CheckpointError: config.json is missing, contradicts itself, or is no DSpark drafter's.
     """
     spec = read_spec(directory)
+    if spec.mask_token_id is None:
+        raise CheckpointError(
+            f"{directory} holds a drafter of the family {spec.family}",
+            expected="a bundle of this package: a dspark drafter",
+            fix="Use its own trainer's tools for it.",
+        )
     config = json.loads((directory / "config.json").read_text())
     drafter = DSparkDrafter(
         DrafterDims(
