@@ -10,6 +10,9 @@ from typing import Any
 from dspark_serving.drafters.spec import MARKOV_TYPES, read_json_object
 from dspark_serving.errors import CheckpointError
 
+# More layers than any target has: a damaged config must not cost minutes.
+MAX_LAYERS = 1024
+
 
 class Fields:
     """The values of a config.json, or of a part of it.
@@ -56,10 +59,11 @@ class Fields:
         """These fields, with `defaults` where one is absent."""
         return Fields(self.path, {**defaults, **self._values})
 
-    def integer(self, name: str, *, low: int, default: int | None = None) -> int:
+    def integer(self, name: str, *, low: int, high: int | None = None, default: int | None = None) -> int:
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self.error(f"{name} is {value!r}", f"an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+            raise self.error(f"{name} is {value!r}", limits)
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
@@ -102,7 +106,7 @@ def layer_fields(fields: Fields, *, chain: bool) -> dict[str, Any]:
     """
     heads = fields.integer("num_attention_heads", low=1)
     hidden_size = fields.integer("hidden_size", low=1)
-    layers = fields.integer("num_hidden_layers", low=1)
+    layers = fields.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
     layer_types, window = (("full_attention",) * layers, None) if chain else _attention_kinds(fields, layers)
     if fields.flag("mlp_bias", False):
         raise fields.error("mlp_bias is true", "MLPs without bias")
@@ -155,7 +159,8 @@ def rope_settings(fields: Fields) -> dict[str, Any]:
 
 def _attention_kinds(fields: Fields, layers: int) -> tuple[tuple[str, ...], int | None]:
     kinds = fields.get("layer_types", ["full_attention"] * layers)
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise fields.error(f"layer_types is {kinds!r}", f"full_attention or sliding_attention for {layers} layers")
     window = fields.integer("sliding_window", low=1) if "sliding_attention" in kinds else None
     return tuple(kinds), window

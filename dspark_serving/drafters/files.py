@@ -62,6 +62,18 @@ def open_weights(path: Path) -> safe_open:
         raise _damaged(path, str(error)) from error
 
 
+def tensor(file: safe_open, path: Path, name: str) -> torch.Tensor:
+    """One weight of the open file `path`.
+
+    Raises:
+        CheckpointError: its type is none that torch knows.
+    """
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise _damaged(path, f"{name}: {error}") from error
+
+
 def weight_names(directory: Path) -> frozenset[str]:
     """The names of all weights of a checkpoint, from the headers.
 
@@ -84,7 +96,7 @@ def read_weight(directory: Path, name: str) -> torch.Tensor:
     for path in weight_files(directory):
         with open_weights(path) as file:
             if name in file.keys():  # noqa: SIM118
-                return file.get_tensor(name)
+                return tensor(file, path, name)
     raise CheckpointError(
         f"{directory} lacks the weight {name}",
         expected="every weight that its config.json calls for",

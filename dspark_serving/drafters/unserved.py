@@ -79,9 +79,9 @@ def _reason(fields: Fields) -> str | None:
             return f"its layers are mixtures of experts ({name})"
     if fields.get("enable_moe_block") is True:
         return "its layers are mixtures of experts (enable_moe_block)"
-    modes = {fields.get("attention_mode", "gqa"), *_texts(fields.get("attention_modes"))} - {"gqa", "mha"}
+    modes = {str(fields.get("attention_mode", "gqa")), *_texts(fields.get("attention_modes"))} - {"gqa", "mha"}
     if modes:
-        return f"its attention is {', '.join(sorted(map(str, modes)))}, not grouped-query attention"
+        return f"its attention is {', '.join(sorted(modes))}, not grouped-query attention"
     if any(name in fields for name in _TARGET_WITH_DRAFTER):
         return "it is a whole model with a drafter inside; drafters in a directory of their own are served"
     return None

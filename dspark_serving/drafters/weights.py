@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dspark_serving.drafters.files import open_weights, weight_files
+from dspark_serving.drafters.files import open_weights, tensor, weight_files
 from dspark_serving.drafters.registry import canonical_names
 from dspark_serving.drafters.spec import DrafterSpec
 from dspark_serving.errors import CheckpointError
@@ -116,11 +116,11 @@ def weight_problems(spec: DrafterSpec) -> list[str]:
     expected = expected_shapes(spec)
     seen: set[str] = set()
     problems: list[str] = []
-    for name, tensor in _loaded(spec, expected):
+    for name, found in _loaded(spec, expected):
         if name in seen:
             problems.append(f"{name} is there twice")
         seen.add(name)
-        problems += _tensor_problems(name, tensor, expected.get(name))
+        problems += _tensor_problems(name, found, expected.get(name))
     missing = sorted(set(expected) - seen)
     return [f"{name} is missing (shape {list(expected[name])})" for name in missing] + problems
 
@@ -133,18 +133,18 @@ def _loaded(spec: DrafterSpec, expected: Shapes) -> Iterator[tuple[str, torch.Te
             for name in file.keys():  # noqa: SIM118
                 canonical = rename(name)
                 if canonical is not None and (canonical in expected or canonical not in TARGET_COPIES):
-                    yield canonical, file.get_tensor(name)
+                    yield canonical, tensor(file, path, name)
 
 
-def _tensor_problems(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> list[str]:
+def _tensor_problems(name: str, found: torch.Tensor, shape: tuple[int, ...] | None) -> list[str]:
     if shape is None:
-        return [f"{name} ({list(tensor.shape)}) is unknown"]
+        return [f"{name} ({list(found.shape)}) is unknown"]
     problems = []
-    if tuple(tensor.shape) != shape:
-        problems.append(f"{name} has the shape {list(tensor.shape)} instead of {list(shape)}")
-    if tensor.dtype not in DTYPES:
-        problems.append(f"{name} has the type {str(tensor.dtype).removeprefix('torch.')}")
-    elif not bool(torch.isfinite(tensor).all()):
+    if tuple(found.shape) != shape:
+        problems.append(f"{name} has the shape {list(found.shape)} instead of {list(shape)}")
+    if found.dtype not in DTYPES:
+        problems.append(f"{name} has the type {str(found.dtype).removeprefix('torch.')}")
+    elif not bool(torch.isfinite(found).all()):
         problems.append(f"{name} holds values that are no finite numbers")
     return problems
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dspark_serving.drafters.fields import Fields
 from dspark_serving.drafters.files import weight_names
-from dspark_serving.drafters.readers.reader import Reader, any_of, describe
+from dspark_serving.drafters.readers.reader import Reader, architecture, describe
 from dspark_serving.drafters.readers.vocabulary import TABLES, draft_token_ids
 from dspark_serving.drafters.spec import DrafterSpec
 
@@ -64,4 +64,11 @@ def rename(name: str) -> str | None:
     return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
 
 
-READER = Reader(format=FORMAT, recognises=any_of(("LlamaForCausalLMEagle3",)), read=read, rename=rename)
+def recognises(fields: Fields) -> bool:
+    """By its name, or as a Llama of one layer with a draft vocabulary, as SafeAILab and nebius call theirs."""
+    name = architecture(fields)
+    unnamed = name == "LlamaForCausalLM" and fields.get("num_hidden_layers") == 1 and "draft_vocab_size" in fields
+    return unnamed or name in ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+
+
+READER = Reader(format=FORMAT, recognises=recognises, read=read, rename=rename)

@@ -3,7 +3,8 @@
 Source: sgl-project/SpecForge, specforge/modeling/draft/{dflash,dspark}.py and configs/qwen3-*-{dflash,dspark}.json,
 read 2026-11; which fields SGLang takes from where: sglang 0.5.23, srt/speculative/dspark_components/dspark_config.py.
 The fields stand in `dflash_config`, overlaid by `dspark_config`, else at the top level; `projector_type` tells the
-family. DSpark's anchor row predicts (B drafted tokens for a block of B), DFlash's does not (B - 1).
+family. DSpark's anchor row predicts (B drafted tokens for a block of B), DFlash's does not (B - 1) unless its labels
+were shifted: specforge/core/{dspark,dflash}.py. Early checkpoints keep the heads under `logit_head`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dspark_serving.drafters.spec import DrafterSpec, Family
 FORMAT = "specforge"
 
 _NESTED = ("dflash_config", "dspark_config")
+# What z-lab's DFlash drafters do not say.
+_MARKS = ("projector_type", "markov_rank", "shift_label")
 
 
 def recognises(fields: Fields) -> bool:
@@ -25,7 +28,9 @@ def recognises(fields: Fields) -> bool:
     if name == "DSparkDraftModel":
         return True
     marks = fields.over(*_NESTED)
-    return name == "DFlashDraftModel" and any(mark in marks for mark in ("projector_type", "markov_rank"))
+    return name == "DFlashDraftModel" and any(
+        mark in marks for mark in ("projector_type", "markov_rank", "shift_label")
+    )
 
 
 def read(directory: Path, fields: Fields) -> DrafterSpec:
@@ -39,16 +44,19 @@ def read(directory: Path, fields: Fields) -> DrafterSpec:
         raise fields.error(
             f"draft_vocab_size is {size}", f"the whole vocabulary ({whole}) for SpecForge's block drafters"
         )
-    block = block_fields(nested, anchor_predicts=dspark)
+    block = block_fields(nested, anchor_predicts=dspark or nested.flag("shift_label", False))
     family: Family = "dspark" if block["markov_rank"] else "dflash"
     return describe(
         directory, nested, format=FORMAT, family=family, layer_kind="qwen3", **backbone_fields(nested), **block
     )
 
 
-READER = Reader(
-    format=FORMAT,
-    recognises=recognises,
-    read=read,
-    rename=plain_rename("embed_tokens.weight", "lm_head.weight"),
-)
+_plain = plain_rename("embed_tokens.weight", "lm_head.weight")
+
+
+def rename(name: str) -> str | None:
+    """Canonical name of a weight."""
+    return _plain(name.removeprefix("logit_head."))
+
+
+READER = Reader(format=FORMAT, recognises=recognises, read=read, rename=rename)

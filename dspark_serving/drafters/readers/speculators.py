@@ -51,7 +51,7 @@ def read(directory: Path, fields: Fields) -> DrafterSpec:
     if kind not in ("dspark", "dflash", "eagle3"):
         raise fields.error(f"speculators_model_type is {kind!r}", "dspark, dflash or eagle3")
     eagle = kind == "eagle3"
-    nested, layer_kind = _layer(fields, "llama" if eagle else "qwen3")
+    nested, named = _layer(fields, "llama" if eagle else "qwen3")
     vocabulary = draft_token_ids(directory, nested.with_defaults({"draft_vocab_size": fields.get("draft_vocab_size")}))
     particulars = _eagle3(directory, fields) if eagle else _block(fields, kind == "dspark")
     family: Family = "eagle3" if eagle else "dspark" if particulars["markov_rank"] else "dflash"
@@ -61,7 +61,7 @@ def read(directory: Path, fields: Fields) -> DrafterSpec:
         nested,
         format=FORMAT,
         family=family,
-        layer_kind=layer_kind,
+        layer_kind=named if eagle else "qwen3",  # block drafters have Qwen3's layers, whatever their config is called
         architecture=f"{kind} speculator",
         draft_token_ids=vocabulary,
         target_hidden_size=fields.integer("target_hidden_size", low=1, default=hidden_size),
@@ -71,7 +71,7 @@ def read(directory: Path, fields: Fields) -> DrafterSpec:
 
 
 def _layer(fields: Fields, usual: str) -> tuple[Fields, LayerKind]:
-    """The layer's config with its class's defaults, and its kind."""
+    """The layer's config with its class's defaults, and the kind of layer that it names."""
     nested = fields.part("transformer_layer_config")
     kind = nested.text("model_type", usual)
     if kind not in _DEFAULTS:
