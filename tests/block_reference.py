@@ -52,9 +52,8 @@ class BlockReference:
         return self._chain(self._norm(stream_KD, "norm.weight")[skip:], anchor_id)
 
     def _layer(self, name: str, stream_KD: Tensor, context_TD: Tensor) -> Tensor:
-        attended = self._attention(
-            f"{name}.self_attn", self._norm(stream_KD, f"{name}.input_layernorm.weight"), context_TD
-        )
+        rows_KD = self._norm(stream_KD, f"{name}.input_layernorm.weight")
+        attended = self._attention(f"{name}.self_attn", rows_KD, context_TD)
         if self.config["layer_kind"] == "gemma4":
             stream_KD = stream_KD + self._norm(attended, f"{name}.post_attention_layernorm.weight")
             fed = self._mlp(f"{name}.mlp", self._norm(stream_KD, f"{name}.pre_feedforward_layernorm.weight"))

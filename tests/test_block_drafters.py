@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tests import draft_spy
 from tests.block_reference import BlockReference
 from tests.server import Server, serve
 from tests.tiny_blocks import DFLASH, GEMMA4, make_tiny_block
-from tests.tiny_models import Arch, make_tiny_target
+from tests.tiny_models import Arch, load_tiny_target, make_tiny_target
 
 pytestmark = pytest.mark.real_server
 
@@ -37,7 +37,11 @@ class Case(NamedTuple):
 
 CASES = {
     "dflash": Case("dflash", "qwen3", DFLASH),
-    "dflash-masks-llama-layers": Case("DFlash", "llama", DFLASH | {"sample_from_anchor": False, "layer_kind": "llama"}),
+    "dflash-masks-llama-layers": Case(
+        "DFlash",
+        "llama",
+        DFLASH | {"sample_from_anchor": False, "layer_kind": "llama", "attention_bias": True},
+    ),
     "dspark-gated-masks": Case("dspark", "qwen2", {"markov_head_type": "gated", "sample_from_anchor": False}),
     "dspark-rnn": Case(
         "DSpark", "gemma3", {"markov_head_type": "rnn", "layer_kind": "llama", "confidence_head_with_markov": False}
@@ -65,12 +69,13 @@ class Served(NamedTuple):
     reference: BlockReference
 
     def use(self, policy: str, **more: float) -> None:
-        if not self.reference.config["enable_confidence_head"]:
+        body = {"policy": policy, **more}
+        answer = httpx.post(f"{self.server.base_url}/dspark/policy", json=body, timeout=60.0, trust_env=False)
+        if answer.status_code == 409 and not self.reference.config["enable_confidence_head"]:
             if policy != "full":
                 pytest.skip("without confidences every block is verified")
             return
-        body = {"policy": policy, **more}
-        httpx.post(f"{self.server.base_url}/dspark/policy", json=body, timeout=60.0, trust_env=False).raise_for_status()
+        answer.raise_for_status()
 
     def answers(self, concurrency: int) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(concurrency) as pool:
@@ -87,7 +92,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     case, root = CASES[request.param], tmp_path_factory.mktemp("block")
     config = make_tiny_target(root / "target", case.target)
     drafter = make_tiny_block(root / "drafter", config, **case.drafter)
-    target = AutoModelForCausalLM.from_pretrained(root / "target", dtype=torch.float32).eval()
+    target = load_tiny_target(root / "target", case.target)
     vocabulary = torch.arange(config["vocab_size"])
     embedding_VD = target.get_input_embeddings()(vocabulary).detach()
     reference = BlockReference(drafter, embedding_VD, target.get_output_embeddings().weight.detach())

@@ -93,6 +93,8 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if config.get("attention_k_eq_v"):
             del projections["v"]
         shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape for name, shape in projections.items()}
+        if config["attention_bias"]:
+            shapes |= {f"{layer}.self_attn.{name}_proj.bias": shape[:1] for name, shape in projections.items()}
         if kind != "llama":
             shapes |= {f"{layer}.self_attn.{name}_norm.weight": (width,) for name in "qk"}
         mlp = {"gate": (inner, d), "up": (inner, d), "down": (d, inner)}

@@ -45,8 +45,7 @@ _PARTICULARS: dict[Arch, dict[str, Any]] = {
     "llama": {},
     "gemma3": {"query_pre_attn_scalar": 16, "pad_token_id": None} | _SLIDING,
     "gemma4": {
-        "global_head_dim": 32,
-        "num_global_key_value_heads": 1,
+        "global_head_dim": 16,  # SGLang takes layers of two sizes from multimodal checkpoints only
         "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 8.0,
@@ -83,6 +82,11 @@ def make_tiny_target(path: Path, arch: Arch = "qwen3", *, seed: int = 0) -> dict
     model.save_pretrained(path)
     write_tokenizer(path)
     return dict(json.loads((path / "config.json").read_text()))
+
+
+def load_tiny_target(path: Path, arch: Arch) -> Any:
+    """The target in `path` as transformers runs it."""
+    return _CLASSES[arch][1].from_pretrained(path, dtype="float32").eval()
 
 
 def make_tiny_drafter(

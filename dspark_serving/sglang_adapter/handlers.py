@@ -35,6 +35,11 @@ def handle_dspark(original: Callable[[Any], None], server_args: Any) -> None:
     resolution.resolve_as_cuda(original, server_args)
 
 
+def handle_model(original: Callable[[Any], None], server_args: Any) -> None:
+    """Around SGLang's resolution of what a model asks for, which knows attention backends by name."""
+    resolution.resolve_as_triton(original, server_args)
+
+
 def create_worker(original: Callable[..., type], self: Any, server_args: Any) -> type:
     """Around SpeculativeAlgorithm.create_worker: our worker for DSPARK, SGLang's for everything else."""
     if not self.is_dspark() or options.config_of(server_args).disable:

@@ -90,6 +90,10 @@ HOOKS = (
         "server_args", "DSPARK is refused on CPU by its device name alone", cpu_only=True,
     ),
     Seam(
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments", HookType.AROUND, handlers.handle_model,
+        "server_args", "Gemma 4 is refused on CPU by the name of its attention backend", cpu_only=True,
+    ),
+    Seam(
         "sglang.kernels.ops.speculative.reject_sampling.chain_speculative_sampling_triton", HookType.REPLACE,
         handlers.chain_speculative_sampling,
         "predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, "

@@ -26,6 +26,7 @@ CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",  # the backend that cpu/attention.py stands in for
     "max_running_requests": 16,  # beyond that a CPU gains nothing
     "max_total_tokens": 16384,  # SGLang would reserve most of the memory
+    "enable_multimodal": False,  # image processors need torchvision, which has no place beside a CPU's torch
 }
 RAGGED_MODE = "SGLANG_RAGGED_VERIFY_MODE"
 # What SGLang's own implementation refuses on a machine without accelerator.
@@ -70,6 +71,9 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
 def check_drafter(model_path: str, draft_path: str | None, family: str) -> DrafterSpec:
     """Read the drafter completely and check that it is of the family that was asked for and fits the target.
 
+    Returns:
+        Its description, completed with what the format leaves to the target.
+
     Raises:
         OptionError: no drafter path, or one of another family.
         CheckpointError: drafter or target cannot be used.
@@ -87,11 +91,11 @@ def check_drafter(model_path: str, draft_path: str | None, family: str) -> Draft
             expected=f"--speculative-algorithm {spec.family} for this drafter",
             fix="Change the algorithm, or give another drafter.",
         )
-    config = target_config(model_path)
-    check_fit(spec, config)
+    target, config = local_directory(model_path, "target model"), target_config(model_path)
+    spec = check_fit(spec, config, target)
     check_target(config, model_path)
     check_weights(spec)
-    check_target_files(local_directory(model_path, "target model"))
+    check_target_files(target)
     return spec
 
 
@@ -144,16 +148,30 @@ def check_port(host: str, port: int) -> None:
 
 def resolve_as_cuda(original: Callable[[Any], None], server_args: Any) -> None:
     """Run SGLang's resolution of DSPARK under the device name that it asks for, then put the real one back."""
+    _resolve_under(original, server_args, device="cuda")
+    # The overlapped loop needs device streams.
+    _declare(server_args, disable_overlap_schedule=True)
+
+
+def resolve_as_triton(original: Callable[[Any], None], server_args: Any) -> None:
+    """Run SGLang's resolution of the model's particulars; Gemma 4's under an attention backend that it asks for."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    if model_config_of(server_args).hf_config.architectures[0].startswith("Gemma4"):
+        _resolve_under(original, server_args, attention_backend="triton")
+    else:
+        original(server_args)
+
+
+def _resolve_under(original: Callable[[Any], None], server_args: Any, **shown: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    device = resolving_view(server_args).device
-    _declare(server_args, device="cuda")
+    real = {name: getattr(resolving_view(server_args), name) for name in shown}
+    _declare(server_args, **shown)
     try:
         original(server_args)
     finally:
-        _declare(server_args, device=device)
-    # The overlapped loop needs device streams.
-    _declare(server_args, disable_overlap_schedule=True)
+        _declare(server_args, **real)
 
 
 def _fill_cpu_defaults(server_args: Any) -> None:
@@ -165,6 +183,7 @@ def _fill_cpu_defaults(server_args: Any) -> None:
         if config.get("dtype", config.get("torch_dtype")) == "float32":
             filled["dtype"] = "float32"
     filled["sleep_on_idle"] = True  # an idle scheduler would otherwise keep a core busy
+    filled["disable_hybrid_swa_memory"] = True  # our backend reads one table of cache rows for all layers
     _declare(server_args, **filled)
     logger.info("no accelerator here: %s", ", ".join(f"{name}={value}" for name, value in filled.items()))
 
