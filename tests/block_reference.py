@@ -85,7 +85,7 @@ class BlockReference:
         return self._linear(name, rows).unflatten(-1, (-1, self.config["head_dim"]))
 
     def _rotated(self, x_RHE: Tensor, *, first: int) -> Tensor:
-        """Rotate pairs (i, i + E/2) by position * theta^(-2i/E); only the first pairs where the type is proportional."""
+        """Rotate pairs (i, i + E/2) by position * theta^(-2i/E); a proportional type only the first of them."""
         rope, width = self.config["rope_parameters"], self.config["head_dim"]
         pairs = torch.arange(width // 2)
         frequency = rope["rope_theta"] ** (-2.0 * pairs / width)
