@@ -130,10 +130,32 @@ def test_greedy_chain_equals_a_plain_loop(ids: list[int] | None) -> None:
     assert found.probs_BGV is None
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @torch.no_grad()
-def test_sampled_chain_draws_from_the_probabilities_that_it_reports() -> None:
+def test_without_a_markov_head_every_row_stands_alone(cap: float | None) -> None:
+    ids = torch.tensor([1, 4, 5, 9, 20, 29])
+    head = torch.randn(len(ids), HIDDEN)  # the drafter's own, with a row for each id
+    chain = DraftChain(head, None, VOCAB, ids, cap)
+    hidden = torch.randn(3, GAMMA, HIDDEN)
+    greedy = torch.tensor([True, False, True])
+    found = chain.draft(hidden, torch.zeros(3, dtype=torch.long), torch.full((3,), 0.7), greedy)
+    assert found.probs_BGV is not None
+    for request in range(3):
+        for step in range(GAMMA):
+            logits = head @ hidden[request, step]
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            if greedy[request]:
+                assert int(found.tokens_BG[request, step]) == int(ids[logits.argmax()])
+            torch.testing.assert_close(found.probs_BGV[request, step, ids], (logits / 0.7).softmax(0))
+    assert float(found.probs_BGV.sum(2).sub(1).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("markov", [Markov(VOCAB, 5), None], ids=["markov", "none"])
+@torch.no_grad()
+def test_sampled_chain_draws_from_the_probabilities_that_it_reports(markov: nn.Module | None) -> None:
     ids = torch.tensor([1, 4, 5, 9])
-    chain = DraftChain(torch.randn(VOCAB, HIDDEN), Markov(VOCAB, 5), VOCAB, ids)
+    chain = DraftChain(torch.randn(VOCAB, HIDDEN), markov, VOCAB, ids)
     requests = 20_000
     hidden = torch.randn(1, 1, HIDDEN).expand(requests, 1, HIDDEN)
     anchors = torch.full((requests,), 3)

@@ -135,7 +135,7 @@ def test_requests_side_by_side_draft_as_if_alone(spied: Spied, pair: Pair) -> No
 
 
 def test_requests_that_come_go_and_are_retracted_get_their_own_text(sparse: Spied, sparse_pair: Pair) -> None:
-    """Slots of the cache change hands all the time: by ends, aborts and retractions, between drafts and plain rounds."""
+    """Slots of the cache change hands all the time: by ends, aborts and retractions, among drafts and plain rounds."""
 
     def ask_and_hang_up(stop: threading.Event) -> None:
         while not stop.is_set():

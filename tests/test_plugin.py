@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from typing import Any
 import pytest
 
 from dspark_serving.config import ServingConfig, load_config
+from dspark_serving.drafters import read_spec
 from dspark_serving.errors import CheckpointError, DataError, EnvironmentMismatchError, OptionError
 from dspark_serving.scheduler.survival_map import SurvivalMap
 from dspark_serving.sglang_adapter import options, plugin, resolution
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
+from tests.tiny_blocks import DFLASH, make_tiny_block
 from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
 
@@ -77,9 +81,12 @@ SpeculativeAlgorithm.from_string({name!r}).{method}(types.SimpleNamespace(specul
 """
 
 
-@pytest.mark.parametrize("method", ["handle_server_args", "create_worker"])
-def test_stock_code_does_not_serve_under_our_name(method: str) -> None:
-    code = SERVE_WITH_BROKEN_PLUGIN.format(name="DSPARK", method=method)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("DSPARK", "handle_server_args"), ("DFLASH", "create_worker"), ("EAGLE3", "handle_server_args")],
+)
+def test_stock_code_does_not_serve_under_our_names(name: str, method: str) -> None:
+    code = SERVE_WITH_BROKEN_PLUGIN.format(name=name, method=method)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
@@ -105,19 +112,20 @@ def drafter(tmp_path: Path, target: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment() -> Iterator[None]:
+def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = dict(os.environ)
+    os.environ["DSPARK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     os.environ.clear()
     os.environ.update(before)
 
 
-def server_args(target: Path, drafter: Path | None, **fields: Any) -> Any:
+def server_args(target: Path, drafter: Path | None, algorithm: str = "dspark", **fields: Any) -> Any:
     from sglang.srt.server_args import ServerArgs
 
     return ServerArgs(
         model_path=str(target),
-        speculative_algorithm="dspark",
+        speculative_algorithm=algorithm,
         speculative_draft_model_path=None if drafter is None else str(drafter),
         **fields,
     )
@@ -132,6 +140,41 @@ def resolved(args: Any, name: str) -> Any:
 def test_no_drafter_path(target: Path) -> None:
     with pytest.raises(OptionError, match="no drafter is given"):
         resolution.prepare(server_args(target, None), ServingConfig())
+
+
+@pytest.mark.parametrize("family", ["dspark", "dflash"])
+def test_every_family_runs_in_the_dspark_worker_from_a_view(target: Path, tmp_path: Path, family: str) -> None:
+    drafter = make_tiny_block(
+        tmp_path / "drafter", resolution.target_config(str(target)), **(DFLASH if family == "dflash" else {})
+    )
+    args = server_args(target, drafter, family.title())
+    resolution.prepare(args, ServingConfig())
+    assert resolved(args, "speculative_algorithm") == "DSPARK"
+    view = Path(resolved(args, "speculative_draft_model_path"))
+    assert view.is_relative_to(os.environ["DSPARK_CACHE"])
+    assert read_spec(view).family == family
+
+
+@pytest.mark.parametrize("asked", ["dflash", "EAGLE3"])
+def test_a_drafter_of_another_family_is_refused_with_the_right_flag(target: Path, drafter: Path, asked: str) -> None:
+    with pytest.raises(OptionError, match=f"{asked.lower()} .*; expected --speculative-algorithm dspark "):
+        resolution.prepare(server_args(target, drafter, asked), ServingConfig())
+
+
+@pytest.mark.parametrize("algorithm", ["NGRAM", "EAGLE", "nextn"])
+def test_other_algorithms_are_left_alone(target: Path, algorithm: str) -> None:
+    args = server_args(target, None, algorithm)
+    resolution.prepare(args, ServingConfig())
+    assert resolved(args, "speculative_algorithm") == algorithm
+
+
+def test_a_target_that_cannot_show_its_layers_is_refused_by_name(target: Path, drafter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["StableLmForCausalLM"]}))
+    with pytest.raises(CheckpointError, match=r"StableLmForCausalLM\) cannot show the outputs of its layers"):
+        resolution.prepare(server_args(other, drafter), ServingConfig())
 
 
 def test_missing_target(tmp_path: Path, drafter: Path) -> None:
@@ -174,6 +217,13 @@ def test_disable_serves_without_speculation_on_cpu(target: Path, tmp_path: Path)
     resolution.prepare(args, ServingConfig(disable=True))
     assert resolved(args, "speculative_algorithm") is None
     assert os.environ["DSPARK_DISABLE"] == "1"
+
+
+@pytest.mark.skipif(has_accelerator(), reason="with an accelerator SGLang's own decoding serves all of them")
+def test_disable_leaves_eagle3_to_sglang(target: Path, tmp_path: Path) -> None:
+    args = server_args(target, tmp_path / "no drafter is read", "EAGLE3")
+    resolution.prepare(args, ServingConfig(disable=True))
+    assert resolved(args, "speculative_algorithm") == "EAGLE3"
 
 
 def test_port_in_use() -> None:

@@ -9,17 +9,53 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dspark_serving.drafters import read_spec
 from dspark_serving.drafters.weights import expected_shapes
 
 VOCAB_SIZE = 512
 
+Arch = Literal["qwen3", "qwen2", "llama", "gemma3", "gemma4"]
 
-def make_tiny_target(
-    path: Path, arch: Literal["qwen3", "llama"] = "qwen3", *, seed: int = 0, tied: bool = True
-) -> dict[str, Any]:
+_CLASSES: dict[Arch, Any] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM),
+}
+# A window that prompts of the tests exceed, in every other layer.
+_SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_PARTICULARS: dict[Arch, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen2": {"head_dim": 8},  # Qwen2's is always hidden_size / heads
+    "llama": {},
+    "gemma3": {"query_pre_attn_scalar": 16, "pad_token_id": None} | _SLIDING,
+    "gemma4": {
+        "global_head_dim": 16,  # SGLang takes layers of two sizes from multimodal checkpoints only
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 8.0,
+        "pad_token_id": None,
+    }
+    | _SLIDING,
+}
+
+
+def make_tiny_target(path: Path, arch: Arch = "qwen3", *, seed: int = 0, tied: bool = True) -> dict[str, Any]:
     """Write a random fp32 target with a byte-like tokenizer to `path`; returns its config.json."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -36,7 +72,8 @@ def make_tiny_target(
         "dtype": "float32",
     }
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if arch == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
+    config_class, model_class = _CLASSES[arch]
+    model = model_class(config_class(**sizes | _PARTICULARS[arch]))
     # The usual tiny initialisation gives nearly equal logits; larger weights give text that varies.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,6 +82,11 @@ def make_tiny_target(
     model.save_pretrained(path)
     write_tokenizer(path)
     return dict(json.loads((path / "config.json").read_text()))
+
+
+def load_tiny_target(path: Path, arch: Arch) -> Any:
+    """The target in `path` as transformers runs it."""
+    return _CLASSES[arch][1].from_pretrained(path, dtype="float32").eval()
 
 
 def make_tiny_drafter(

@@ -35,6 +35,11 @@ def handle_dspark(original: Callable[[Any], None], server_args: Any) -> None:
     resolution.resolve_as_cuda(original, server_args)
 
 
+def handle_model(original: Callable[[Any], None], server_args: Any) -> None:
+    """Around SGLang's resolution of what a model asks for, which knows attention backends by name."""
+    resolution.resolve_as_triton(original, server_args)
+
+
 def create_worker(original: Callable[..., type], self: Any, server_args: Any) -> type:
     """Around SpeculativeAlgorithm.create_worker: our worker for DSPARK, SGLang's for everything else."""
     if not self.is_dspark() or options.config_of(server_args).disable:
@@ -85,6 +90,25 @@ def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:
 def require_markov(self: Any) -> bool:
     """Instead of asking for a Markov head: a drafter without one is served, and build_markov_head says which."""
     return True
+
+
+def build_markov_head(original: Callable[..., Any], config: Any) -> Any:
+    """Around the choice of the Markov head: none for our block drafters of rank 0."""
+    from dspark_serving.sglang_adapter.models import block
+
+    if block.ARCHITECTURE in (config.architectures or []) and not config.markov_rank:
+        return block.NoMarkov(config.vocab_size)
+    return original(config)
+
+
+def configure_capture(original: Callable[..., None], **wanted: Any) -> None:
+    """Around the request for the outputs of the target's layers."""
+    from dspark_serving.sglang_adapter import targets
+
+    if not (wanted["is_dspark"] and wanted["dflash_use_aux_hidden_state"]) or not targets.capture_layers(
+        wanted["model"], wanted["dflash_target_layer_ids"]
+    ):
+        original(**wanted)
 
 
 def chain_speculative_sampling(*args: Any, **kwargs: Any) -> None:

@@ -51,6 +51,17 @@ HOOKS = (
         "DFlash has no Markov head",
     ),
     Seam(
+        "sglang.srt.models.dspark.build_markov_head", HookType.AROUND, handlers.build_markov_head, "config",
+        "DFlash has no Markov head",
+    ),
+    Seam(
+        "sglang.srt.model_executor.model_runner_components.attention_backend_setup.configure_aux_hidden_state_capture",
+        HookType.AROUND, handlers.configure_capture,
+        "model, eagle_use_aux_hidden_state, eagle_aux_hidden_state_layer_ids, dflash_use_aux_hidden_state, "
+        "dflash_target_layer_ids, is_dspark",
+        "targets that can show their layers although SGLang has no method for it",
+    ),
+    Seam(
         f"{_SPEC}.spec_info.SpeculativeAlgorithm.create_worker", HookType.AROUND, handlers.create_worker,
         "self, server_args",
         "serve our worker; the enum member stays, dozens of call sites test for it",
@@ -81,6 +92,10 @@ HOOKS = (
     Seam(
         "sglang.srt.arg_groups.speculative_hook._handle_dspark", HookType.AROUND, handlers.handle_dspark,
         "server_args", "DSPARK is refused on CPU by its device name alone", cpu_only=True,
+    ),
+    Seam(
+        "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments", HookType.AROUND, handlers.handle_model,
+        "server_args", "Gemma 4 is refused on CPU by the name of its attention backend", cpu_only=True,
     ),
     Seam(
         "sglang.kernels.ops.speculative.reject_sampling.chain_speculative_sampling_triton", HookType.REPLACE,

@@ -1,7 +1,7 @@
 """Entry point of SGLang's plugin loader.
 
-The loader logs an exception and goes on, and SGLang has an algorithm of the same name: a plugin that fails to load
-would be served by stock code without anybody noticing. So every failure here leaves DSPARK refusing to start.
+The loader logs an exception and goes on, and SGLang has algorithms of the same names: a plugin that fails to load
+would be served by stock code without anybody noticing. So every failure here leaves them refusing to start.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dspark_serving.errors import DsparkError, EnvironmentMismatchError
 logger = logging.getLogger(__name__)
 
 SGLANG_RANGE = ">=0.5.23,<0.5.24"
+# SGLang's names of the algorithms that this package serves, by families of drafters.
+ALGORITHMS = {"dspark": "DSPARK", "dflash": "DFLASH", "eagle3": "EAGLE3"}
 
 
 def load() -> None:
@@ -27,7 +29,7 @@ def load() -> None:
 
     Raises:
         EnvironmentMismatchError: SGLang is outside the range, or a hooked symbol has changed. The loader only logs it;
-            choosing DSPARK afterwards raises it again.
+            choosing an algorithm of ours afterwards raises it again.
     """
     _report_errors_in_one_line()
     try:
@@ -36,7 +38,7 @@ def load() -> None:
 
         hooks.register()
     except BaseException as error:
-        refuse_dspark(error)
+        refuse_algorithms(error)
         raise
     logger.info("dspark-serving %s is loaded", __version__)
 
@@ -53,8 +55,8 @@ def check_sglang_version(found: str) -> None:
         )
 
 
-def refuse_dspark(error: BaseException) -> None:
-    """Make SGLang's own DSPARK refuse to start, with `error` as the reason; other algorithms stay usable."""
+def refuse_algorithms(error: BaseException) -> None:
+    """Make the algorithms that we should have served refuse to start, with `error` as the reason; others stay."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     refusal = error if isinstance(error, DsparkError) else _as_dspark_error(error)
@@ -62,7 +64,7 @@ def refuse_dspark(error: BaseException) -> None:
     def guard(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def guarded(self: SpeculativeAlgorithm, *args: Any, **kwargs: Any) -> Any:
-            if self.name == "DSPARK":
+            if self.name in ALGORITHMS.values():
                 raise refusal
             return original(self, *args, **kwargs)
 

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dspark_serving.assets.store import cache_root
 from dspark_serving.config import ServingConfig, flag, variable
-from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, read_spec
+from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, make_view, read_spec
 from dspark_serving.drafters.spec import read_json_object
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
 from dspark_serving.scheduler import survival_map
 from dspark_serving.scheduler.survival_map import SurvivalMap
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
+from dspark_serving.sglang_adapter.plugin import ALGORITHMS
+from dspark_serving.sglang_adapter.targets import check_target
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,11 @@ CPU_DEFAULTS: dict[str, Any] = {
     "attention_backend": "torch_native",  # the backend that cpu/attention.py stands in for
     "max_running_requests": 16,  # beyond that a CPU gains nothing
     "max_total_tokens": 16384,  # SGLang would reserve most of the memory
+    "enable_multimodal": False,  # image processors need torchvision, which has no place beside a CPU's torch
 }
 RAGGED_MODE = "SGLANG_RAGGED_VERIFY_MODE"
+# What SGLang's own implementation refuses on a machine without accelerator.
+_NEED_ACCELERATOR = ("dspark", "dflash")
 
 
 def prepare(server_args: Any, config: ServingConfig) -> None:
@@ -35,43 +41,59 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
     Raises:
         CheckpointError: the drafter is missing, damaged, or does not fit the target.
         DataError: the drafter's survival map cannot be used.
-        OptionError: no drafter is given, or an option for a confidence head that the drafter lacks.
+        OptionError: no drafter is given, it is of another family than the algorithm, or an option is for a confidence
+            head that it lacks.
     """
-    wanted = (server_args.speculative_algorithm or "").upper() == "DSPARK"
+    name = (server_args.speculative_algorithm or "").upper()
+    wanted = next((family for family, algorithm in ALGORITHMS.items() if algorithm == name), None)
     cpu = not has_accelerator()
     if cpu:
         _fill_cpu_defaults(server_args)
     if config.disable:
         os.environ[variable("disable")] = "1"  # for the processes that SGLang spawns, which hook nothing then
     if wanted and config.disable:
-        if cpu:
-            logger.warning("%s: SGLang's own DSPARK cannot run here; serving without speculation", flag("disable"))
+        if cpu and wanted in _NEED_ACCELERATOR:
+            logger.warning("%s: SGLang's own %s cannot run here; serving without speculation", flag("disable"), name)
             _declare(server_args, speculative_algorithm=None, speculative_draft_model_path=None)
         return
     if wanted:
-        spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path)
+        spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path, wanted)
         if not spec.has_confidence:
             _check_estimates(server_args, spec)
         os.environ.setdefault(RAGGED_MODE, "compact")
+        view = make_view(spec, cache_root())
+        # All families run in SGLang's DSPARK worker: only that has ragged verification.
+        _declare(server_args, speculative_algorithm=ALGORITHMS["dspark"], speculative_draft_model_path=str(view))
 
 
-def check_drafter(model_path: str, draft_path: str | None) -> DrafterSpec:
-    """Read the drafter completely and check that it fits the target.
+def check_drafter(model_path: str, draft_path: str | None, family: str) -> DrafterSpec:
+    """Read the drafter completely and check that it is of the family that was asked for and fits the target.
+
+    Returns:
+        Its description, completed with what the format leaves to the target.
 
     Raises:
-        OptionError: no drafter path.
+        OptionError: no drafter path, or one of another family.
         CheckpointError: drafter or target cannot be used.
     """
     if not draft_path:
         raise OptionError(
             "no drafter is given",
-            expected="--speculative-draft-model-path with a DSpark drafter made for this target",
+            expected=f"--speculative-draft-model-path with a {family} drafter made for this target",
             fix="Add it, or drop --speculative-algorithm.",
         )
     spec = read_spec(local_directory(draft_path, "drafter"))
-    check_fit(spec, target_config(model_path))
+    if spec.family != family:
+        raise OptionError(
+            f"--speculative-algorithm {family} with the drafter {spec.path}, which is a {spec.family} drafter",
+            expected=f"--speculative-algorithm {spec.family} for this drafter",
+            fix="Change the algorithm, or give another drafter.",
+        )
+    target, config = local_directory(model_path, "target model"), target_config(model_path)
+    spec = check_fit(spec, config, target)
+    check_target(config, model_path)
     check_weights(spec)
-    check_target_files(local_directory(model_path, "target model"))
+    check_target_files(target)
     return spec
 
 
@@ -144,16 +166,30 @@ def check_port(host: str, port: int) -> None:
 
 def resolve_as_cuda(original: Callable[[Any], None], server_args: Any) -> None:
     """Run SGLang's resolution of DSPARK under the device name that it asks for, then put the real one back."""
+    _resolve_under(original, server_args, device="cuda")
+    # The overlapped loop needs device streams.
+    _declare(server_args, disable_overlap_schedule=True)
+
+
+def resolve_as_triton(original: Callable[[Any], None], server_args: Any) -> None:
+    """Run SGLang's resolution of the model's particulars; Gemma 4's under an attention backend that it asks for."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    if model_config_of(server_args).hf_config.architectures[0].startswith("Gemma4"):
+        _resolve_under(original, server_args, attention_backend="triton")
+    else:
+        original(server_args)
+
+
+def _resolve_under(original: Callable[[Any], None], server_args: Any, **shown: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    device = resolving_view(server_args).device
-    _declare(server_args, device="cuda")
+    real = {name: getattr(resolving_view(server_args), name) for name in shown}
+    _declare(server_args, **shown)
     try:
         original(server_args)
     finally:
-        _declare(server_args, device=device)
-    # The overlapped loop needs device streams.
-    _declare(server_args, disable_overlap_schedule=True)
+        _declare(server_args, **real)
 
 
 def _fill_cpu_defaults(server_args: Any) -> None:
@@ -165,6 +201,7 @@ def _fill_cpu_defaults(server_args: Any) -> None:
         if config.get("dtype", config.get("torch_dtype")) == "float32":
             filled["dtype"] = "float32"
     filled["sleep_on_idle"] = True  # an idle scheduler would otherwise keep a core busy
+    filled["disable_hybrid_swa_memory"] = True  # our backend reads one table of cache rows for all layers
     _declare(server_args, **filled)
     logger.info("no accelerator here: %s", ", ".join(f"{name}={value}" for name, value in filled.items()))
 

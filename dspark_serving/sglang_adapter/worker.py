@@ -66,7 +66,8 @@ class DsparkServingWorker(DSparkWorkerV2):
 
             self._late_commit = enable.prepare_worker(self, spec)
         elif spec.draft_token_ids is not None:
-            logger.warning("%s: its reduced vocabulary is used on CPU only; drafting from all tokens here", spec.path)
+            self.draft_model.propose_only(torch.tensor(spec.draft_token_ids))
+        self.family = spec.family
         self.use(FullPolicy())
         self._time_phases()
 
@@ -171,7 +172,8 @@ class DsparkServingWorker(DSparkWorkerV2):
 
     def dspark_report(self) -> dict[str, Any]:
         """What /server_info shows under `internal_states[i].dspark`."""
-        report: dict[str, Any] = {"active": True, "version": __version__, "policy": self.policy.name}
+        report: dict[str, Any] = {"active": True, "version": __version__, "family": self.family}
+        report["policy"] = self.policy.name
         learned = {} if self.repertoire is None else {"scheduler": self.repertoire.facts()}
         return report | self.stats.snapshot() | learned
 

@@ -1,4 +1,4 @@
-"""The draft pass on CPU: one vocabulary projection for the whole block, then gamma small Markov steps.
+"""The draft pass on CPU: one vocabulary projection for the whole block, then gamma small Markov steps, if any.
 
 SGLang's own chain draws Philox noise over the whole vocabulary at every step, greedy or not; written in torch it costs
 ten times the draft layers. This one also knows drafters with a reduced vocabulary (`draft_vocab.json`).
@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from dspark_serving.sglang_adapter.cpu.linear import PackedWeight, is_packable
 from dspark_serving.sglang_adapter.draws import Chain, Draws, sampled_block
+from dspark_serving.sglang_adapter.models.block import soft_capped
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
 
@@ -22,11 +23,13 @@ class DraftChain:
     """Samples a block left to right: p_k = softmax(base_k + bias(x_{k-1})) (DSpark paper, section 3).
 
     Args:
-        head_VD: rows of the target's output head, for the ids of `token_ids` or for the whole vocabulary.
-        markov_head: SGLang's module of the drafter; its output rows are cut down to `token_ids` in place.
+        head_VD: rows of the output head, for the ids of `token_ids` or for the whole vocabulary.
+        markov_head: SGLang's module of the drafter, whose output rows are cut down to `token_ids` in place; None where
+            the tokens of a block are independent (DFlash).
         vocab_size: size of the full vocabulary.
         token_ids: ascending ids that the drafter may propose; None for all.
         judged: whether statistics of the distributions are wanted, for a drafter without a confidence head.
+        soft_cap: bound of the logits before the bias; None for none.
     """
 
     def __init__(
@@ -37,16 +40,18 @@ class DraftChain:
         token_ids: torch.Tensor | None,
         *,
         judged: bool = False,
+        soft_cap: float | None = None,
     ) -> None:
-        rows_VD = head_VD if token_ids is None else head_VD[token_ids].contiguous()
+        rows_VD = _rows_for(head_VD, token_ids)
         self._project = PackedWeight(rows_VD) if is_packable(rows_VD) else partial(linear, weight=rows_VD)
         self._head_dtype = head_VD.dtype
         self._markov_head = markov_head
         self._vocab_size = vocab_size
         self._token_ids = token_ids
         self._judged = judged
-        if token_ids is not None:
-            rows = markov_head.markov_w2.weight[token_ids].contiguous()
+        self._soft_cap = soft_cap
+        if token_ids is not None and markov_head is not None:
+            rows = _rows_for(markov_head.markov_w2.weight, token_ids)
             markov_head.markov_w2.weight = torch.nn.Parameter(rows, requires_grad=False)
 
     def draft(
@@ -57,14 +62,25 @@ class DraftChain:
         greedy_B: torch.Tensor,
     ) -> Chain:
         """Draft gamma tokens a request; rows of `greedy_B` take the most probable token at every step."""
-        base_BGV = self._project(hidden_BGD.to(self._head_dtype))
+        base_BGV = soft_capped(self._project(hidden_BGD.to(self._head_dtype)), self._soft_cap)
         draws = Draws(temperatures_B, greedy_B, self._vocab_size, self._token_ids, judged=self._judged)
+        if self._markov_head is None:  # no token depends on the one before it
+            for step in range(hidden_BGD.shape[1]):
+                draws.draw(base_BGV[:, step].float())
+            return draws.chain()
         state = self._markov_head.init_state(hidden_BGD)
         previous_B = anchors_B
         for step in range(hidden_BGD.shape[1]):
             bias_BV, state = self._markov_head.step_bias(previous_B, hidden_states=hidden_BGD[:, step], state=state)
             previous_B = draws.draw(base_BGV[:, step].float() + bias_BV)
         return draws.chain()
+
+
+def _rows_for(rows_VD: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+    """The rows of `token_ids`, of a matrix that has a row for each of them or for each token."""
+    if token_ids is None or len(rows_VD) == len(token_ids):
+        return rows_VD
+    return rows_VD[token_ids].contiguous()
 
 
 class CpuProposer(PolicyProposer):
@@ -81,14 +97,14 @@ class CpuProposer(PolicyProposer):
         """Draft one block for each request of the batch (SGLang's keyword arguments)."""
         if not self.plan.drafts:
             return super().propose(**kwargs)
-        bs, sampling_info, target_model = kwargs["bs"], kwargs["sampling_info"], kwargs["target_model"]
+        bs, sampling_info = kwargs["bs"], kwargs["sampling_info"]
         forward = self._run_forward(
             batch=kwargs["batch"],
             draft_input=kwargs["draft_input"],
             verify_window=kwargs["verify_window"],
             bs=bs,
             device=kwargs["device"],
-            embed_module=target_model.get_input_embeddings(),
+            embed_module=self.draft_model.embed_tokens,
             anchor_prepared=kwargs.get("anchor_prepared", False),
         )
         anchors_B = forward.draft_block_ids[:, 0]
@@ -103,7 +119,7 @@ class CpuProposer(PolicyProposer):
             else:
                 confidence = self._estimated(chain, params)
         return DraftProposal(
-            draft_block_ids=forward.draft_block_ids,
+            draft_block_ids=forward.draft_block_ids[:, : self.gamma],
             draft_block=sampled_block(chain, params),
             confidence=confidence,
             confidence_raw=confidence_raw,

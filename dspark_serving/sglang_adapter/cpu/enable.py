@@ -33,6 +33,7 @@ def prepare_worker(worker: Any, spec: DrafterSpec) -> LateCommit:
         EnvironmentMismatchError: the target's head is split over several ranks.
     """
     from dspark_serving.sglang_adapter.cpu.drafting import DraftChain
+    from dspark_serving.sglang_adapter.models.block import NoMarkov
 
     for layer in worker.draft_model.layers:
         layer.self_attn.use_table_qk_norm_rope = False
@@ -42,13 +43,15 @@ def prepare_worker(worker: Any, spec: DrafterSpec) -> LateCommit:
             "DSPARK without an accelerator runs on one rank", expected="--tp-size 1", fix="Drop --tp-size."
         )
     token_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
-    head_VD = head.weight.data[: spec.vocab_size]
+    rows = len(token_ids) if token_ids is not None and spec.own_head else spec.vocab_size  # SGLang pads the head
+    markov_head = worker.draft_model.markov_head
     worker._proposer.chain = DraftChain(
-        head_VD,
-        worker.draft_model.markov_head,
+        head.weight.data[:rows],
+        None if isinstance(markov_head, NoMarkov) else markov_head,
         spec.vocab_size,
         token_ids,
         judged=worker._proposer.survival_map is not None,
+        soft_cap=worker.draft_model.soft_cap,
     )
     late = LateCommit(worker._kv_injector, worker.verify_num_draft_tokens)
     worker._verify_executor.commit_hidden = late.commit_hidden

@@ -7,6 +7,8 @@ def register() -> None:
     """Make SGLang's loader find our drafters; in every process, because each loads plugins for itself."""
     from sglang.srt.models.registry import ModelRegistry
 
+    from dspark_serving.sglang_adapter.models.block import DsparkServingBlockDrafter
     from dspark_serving.sglang_adapter.models.eagle3 import DsparkServingEagle3Drafter
 
-    ModelRegistry.models["DsparkServingEagle3Drafter"] = DsparkServingEagle3Drafter
+    for drafter in (DsparkServingBlockDrafter, DsparkServingEagle3Drafter):
+        ModelRegistry.models[drafter.__name__] = drafter

@@ -1,0 +1,120 @@
+"""Tiny random block drafters in the canonical form, of every layer kind and Markov head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+GAMMA = 4
+
+
+def make_tiny_block(path: Path, target_config: dict[str, Any], *, seed: int = 1, **fields: Any) -> Path:
+    """Write a drafter for a target; `fields` replace those of a DSpark drafter with Qwen3's layers. Returns `path`."""
+    d = target_config["hidden_size"]
+    config = {
+        "architectures": ["DsparkServingBlockDrafter"],
+        "model_type": "qwen3",
+        "dspark_format": "dspark-serving",
+        "family": "dspark",
+        "layer_kind": "qwen3",
+        "hidden_size": d,
+        "intermediate_size": 2 * d,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": False,
+        "num_hidden_layers": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "max_position_embeddings": 2048,
+        "vocab_size": target_config["vocab_size"],
+        "num_target_layers": target_config["num_hidden_layers"],
+        "block_size": GAMMA,
+        "sample_from_anchor": True,
+        "mask_token_id": 3,
+        "target_layer_ids": [0, 2],
+        "markov_rank": 8,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "own_head": False,
+        "own_embedding": False,
+        "dtype": "float32",
+    } | fields
+    path.mkdir(parents=True)
+    ids = config.pop("draft_token_ids", None)
+    if ids is not None:
+        config["draft_vocab_size"] = len(ids)
+        (path / "draft_vocab.json").write_text(json.dumps({"token_ids": ids}))
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in _shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        near_one = "norm" in name or name.endswith("layer_scalar")
+        weights[name] = 1.0 + 0.1 * noise if near_one else 0.15 * noise
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+DFLASH: dict[str, Any] = {
+    "family": "dflash",
+    "markov_rank": 0,
+    "enable_confidence_head": False,
+    "confidence_head_with_markov": False,
+}
+GEMMA4: dict[str, Any] = {
+    "layer_kind": "gemma4",
+    "head_dim": 32,
+    "num_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "final_logit_softcapping": 8.0,
+}
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    d, inner, width = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
+    vocab, rank, kind = config["vocab_size"], config["markov_rank"], config["layer_kind"]
+    rows = config.get("draft_vocab_size", vocab) if config["own_head"] else vocab
+    shapes: dict[str, tuple[int, ...]] = {"hidden_norm.weight": (d,), "norm.weight": (d,)}
+    shapes["fc.weight"] = (d, len(config["target_layer_ids"]) * d)
+    for layer in (f"layers.{i}" for i in range(config["num_hidden_layers"])):
+        norms = ["input", "post_attention"] + (["pre_feedforward", "post_feedforward"] if kind == "gemma4" else [])
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (d,) for norm in norms}
+        projections = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+        if config.get("attention_k_eq_v"):
+            del projections["v"]
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape for name, shape in projections.items()}
+        if config["attention_bias"]:
+            shapes |= {f"{layer}.self_attn.{name}_proj.bias": shape[:1] for name, shape in projections.items()}
+        if kind != "llama":
+            shapes |= {f"{layer}.self_attn.{name}_norm.weight": (width,) for name in "qk"}
+        mlp = {"gate": (inner, d), "up": (inner, d), "down": (d, inner)}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": shape for name, shape in mlp.items()}
+        if kind == "gemma4":
+            shapes[f"{layer}.layer_scalar"] = (1,)
+    if rank:
+        shapes |= {"markov_head.markov_w1.weight": (vocab, rank), "markov_head.markov_w2.weight": (rows, rank)}
+    if rank and config["markov_head_type"] == "gated":
+        shapes |= {"markov_head.gate_proj.weight": (rank, d + rank), "markov_head.gate_proj.bias": (rank,)}
+    if rank and config["markov_head_type"] == "rnn":
+        shapes |= {
+            "markov_head.joint_proj.weight": (3 * rank, 2 * rank + d),
+            "markov_head.joint_proj.bias": (3 * rank,),
+        }
+    if config["enable_confidence_head"]:
+        seen = d + (rank if config["confidence_head_with_markov"] else 0)
+        shapes |= {"confidence_head.proj.weight": (1, seen), "confidence_head.proj.bias": (1,)}
+    if config["own_head"]:
+        shapes["lm_head.weight"] = (rows, d)
+    if config["own_embedding"]:
+        shapes["embed_tokens.weight"] = (vocab, d)
+    return shapes
