@@ -15,8 +15,9 @@ from torch import nn
 from dspark_serving.scheduler.baselines import FullPolicy
 from dspark_serving.scheduler.round import Batch
 from dspark_serving.scheduler.survival_map import SurvivalMap, draft_statistics
-from dspark_serving.sglang_adapter.cpu.drafting import Chain, DraftChain
+from dspark_serving.sglang_adapter.cpu.drafting import DraftChain
 from dspark_serving.sglang_adapter.cpu.sampling import chain_speculative_sampling
+from dspark_serving.sglang_adapter.draws import Chain
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 
 
@@ -135,7 +136,7 @@ def test_greedy_chain_equals_a_plain_loop(ids: list[int] | None) -> None:
 def test_without_a_markov_head_every_row_stands_alone(cap: float | None) -> None:
     ids = torch.tensor([1, 4, 5, 9, 20, 29])
     head = torch.randn(len(ids), HIDDEN)  # the drafter's own, with a row for each id
-    chain = DraftChain(head, None, VOCAB, ids, cap)
+    chain = DraftChain(head, None, VOCAB, ids, soft_cap=cap)
     hidden = torch.randn(3, GAMMA, HIDDEN)
     greedy = torch.tensor([True, False, True])
     found = chain.draft(hidden, torch.zeros(3, dtype=torch.long), torch.full((3,), 0.7), greedy)

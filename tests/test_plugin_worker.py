@@ -134,7 +134,8 @@ def test_admission_on_the_device_reuses_its_buffers_and_agrees_with_the_host() -
     calibration = OnlineCalibration(Calibration.identity(GAMMA))
     ours = planner(ThresholdPolicy(0.5, calibration.apply))
     ours.device_admission = DeviceAdmission(requests=4, calibration=calibration, device="cpu")
-    addresses, decisions = set(), set()
+    addresses: set[int] = set()
+    decisions: set[tuple[int, ...]] = set()
     nothing_R, greedy_R = np.zeros(64, dtype=np.int32), np.zeros(64, dtype=np.float32)
     for confidence in (CONFIDENCE, CONFIDENCE.flip(0), CONFIDENCE):
         if decisions:  # what is learned from earlier rounds counts on the device too: here, that nothing survives

@@ -94,8 +94,8 @@ class Algorithm1Policy(_Unlearning):
         order = np.argsort(-flat, kind="stable")
         tokens_N = np.arange(requests, requests + flat.size + 1)
         context = int(batch.context_R.sum())
-        seconds_N = self._cost.draft(requests, batch.sampled)
-        seconds_N = seconds_N + self._cost.verify(requests, tokens_N, context, batch.sampled)
+        verify_N = self._cost.verify(requests, tokens_N, context, batch.sampled)
+        seconds_N = self._cost.draft(requests, batch.sampled) + verify_N
         tau_N = requests + np.concatenate(([0.0], np.cumsum(flat[order], dtype=np.float64)))
         theta_N = tau_N / seconds_N
         drops = np.flatnonzero(theta_N[1:] < theta_N[:-1])
