@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -193,7 +193,7 @@ def speculative_decode(
     return Decoded(ids[len(prompt) :][:max_new_tokens], drafts, accepted)
 
 
-def make_bigram_pair(target_path: Path, drafter_path: Path, arch: str = "qwen3", *, seed: int = 0) -> None:
+def make_bigram_pair(target_path: Path, drafter_path: Path, arch: Literal["qwen3", "llama"], *, seed: int = 0) -> None:
     """A target whose next token hangs mostly on the last one, and a drafter that knows this and little else.
 
     The drafter's attention sees its own row only (constant queries and keys, apart by their rotation) and copies the

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import httpx
 import pytest
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
     expected: list[Decoded]
 
 
-def bigram_pair(root: Path, arch: str, *, sparse: bool) -> Pair:
+def bigram_pair(root: Path, arch: Literal["qwen3", "llama"], *, sparse: bool) -> Pair:
     make_bigram_pair(root / "target", root / "drafter", arch)
     target = load(root / "target")
     drafter = Drafter.read(root / "drafter", target)
@@ -134,10 +134,8 @@ def test_requests_side_by_side_draft_as_if_alone(spied: Spied, pair: Pair) -> No
         assert drafts[answer["meta_info"]["id"]] == expected.drafts
 
 
-def test_requests_that_come_go_and_are_retracted_get_their_own_text(
-    sparse: Spied, sparse_pair: Pair
-) -> None:
-    """Slots of the cache change hands all the time: by ends, aborts and retractions, between drafts and plain rounds."""
+def test_requests_that_come_go_and_are_retracted_get_their_own_text(sparse: Spied, sparse_pair: Pair) -> None:
+    """Slots of the cache change hands all the time, between rounds with drafts and without."""
 
     def ask_and_hang_up(stop: threading.Event) -> None:
         while not stop.is_set():
