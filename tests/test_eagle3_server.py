@@ -25,7 +25,8 @@ from tests.tiny_models import make_tiny_target
 pytestmark = pytest.mark.real_server
 
 # Prompts of seventy tokens are prefilled in three chunks, and their rows cross pages.
-OPTIONS = ("--page-size", "8", "--chunked-prefill-size", "32")
+OPTIONS = ("--page-size", "8", "--chunked-prefill-size", "32", "--dspark-policy", "full")
+ALGORITHM = "dspark"
 PROMPTS = [[5, 6, 7, 8], list(range(40, 110)), [200] * 9, [17, 300, 4, 99, 260, 31]]
 TOKENS = 40
 
@@ -50,7 +51,8 @@ def spied_server(
             patch.setenv("DSPARK_CACHE", str(root / "cache"))
             for name, value in {**draft_spy.environment(root, sparse=sparse), **(environment or {})}.items():
                 patch.setenv(name, value)
-            server = running.enter_context(serve(target, *OPTIONS, drafter=drafter, log=root / "server.log"))
+            chosen = ("--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", str(drafter))
+            server = running.enter_context(serve(target, *OPTIONS, *chosen, log=root / "server.log"))
         yield Spied(server, root)
 
 
