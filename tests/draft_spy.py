@@ -19,10 +19,10 @@ SPARSE_VARIABLE = "DRAFT_SPY_SPARSE"
 
 
 def install() -> None:
-    """Entry point: hook the verification, of packed rows and of whole blocks."""
+    """Entry point: hook the verification, of ragged and of whole blocks."""
     executor = "sglang.srt.speculative.dspark_components.dspark_verify.TargetVerifyExecutor"
     HookRegistry.register(f"{executor}.run_compact", _write, HookType.BEFORE)
-    HookRegistry.register(f"{executor}.run_non_compact", _write_block, HookType.BEFORE)
+    HookRegistry.register(f"{executor}.run_non_compact", _write_whole, HookType.BEFORE)
     if SPARSE_VARIABLE in os.environ:
         HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _draft_sparsely, HookType.AFTER)
 
@@ -62,7 +62,7 @@ def _write(executor: Any, *, batch: Any, draft_tokens: Any, **unused: Any) -> No
             file.write(json.dumps({"request": request.rid, "tokens": tokens}) + "\n")
 
 
-def _write_block(executor: Any, *, batch: Any, verify_ids_2d: Any, **unused: Any) -> None:
+def _write_whole(executor: Any, *, batch: Any, verify_ids_2d: Any, **unused: Any) -> None:
     _write(executor, batch=batch, draft_tokens=verify_ids_2d[:, 1:])
 
 
@@ -74,4 +74,6 @@ def _draft_sparsely(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> 
         def plan(self, batch: Batch) -> Plan:
             return super().plan(batch) if drafts_at(int(batch.context_R.max())) else OffPolicy().plan(batch)
 
-    scheduler.draft_worker.use(Sparse())
+    worker = scheduler.draft_worker
+    worker.use(Sparse())
+    worker.use = lambda policy: None  # whoever comes later with another policy

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -193,14 +193,17 @@ def speculative_decode(
     return Decoded(ids[len(prompt) :][:max_new_tokens], drafts, accepted)
 
 
-def make_bigram_pair(target_path: Path, drafter_path: Path, arch: str = "qwen3", *, seed: int = 0) -> None:
+def make_bigram_pair(target_path: Path, drafter_path: Path, arch: Literal["qwen3", "llama"], *, seed: int = 4) -> None:
     """A target whose next token hangs mostly on the last one, and a drafter that knows this and little else.
 
     The drafter's attention sees its own row only (constant queries and keys, apart by their rotation) and copies the
     token's embedding to the target's head; its features add noise. So some of what it drafts is accepted.
     """
-    config = make_tiny_target(target_path, arch, seed=seed, tied=False)
+    config = make_tiny_target(target_path, arch, seed=seed) | {"tie_word_embeddings": False}
+    (target_path / "config.json").write_text(json.dumps(config, indent=2))
     weights = load_file(target_path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = 0.15 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(seed))
     for name, weight in weights.items():
         # The embedding outweighs what the layers add to it.
         weight *= 10.0 if "embed_tokens" in name else 0.3 if "o_proj" in name or "down_proj" in name else 1.0

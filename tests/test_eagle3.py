@@ -51,7 +51,7 @@ class World:
             block_pos_offsets=torch.arange(STRIDE),
         )
         self.context.late = late
-        self.context.ids_for = lambda plan: plan  # type: ignore[method-assign]
+        self.context.ids_for = lambda plan: plan
 
     def prefill(self, place: int, tokens: list[int], prefix: int = 0) -> None:
         """A chunk of one request; the feature of position i is i."""

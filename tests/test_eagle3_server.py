@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import httpx
 import pytest
@@ -25,7 +25,8 @@ from tests.tiny_models import make_tiny_target
 pytestmark = pytest.mark.real_server
 
 # Prompts of seventy tokens are prefilled in three chunks, and their rows cross pages.
-OPTIONS = ("--page-size", "8", "--chunked-prefill-size", "32")
+OPTIONS = ("--page-size", "8", "--chunked-prefill-size", "32", "--dspark-policy", "full")
+ALGORITHM = "dspark"
 PROMPTS = [[5, 6, 7, 8], list(range(40, 110)), [200] * 9, [17, 300, 4, 99, 260, 31]]
 TOKENS = 40
 
@@ -50,7 +51,8 @@ def spied_server(
             patch.setenv("DSPARK_CACHE", str(root / "cache"))
             for name, value in {**draft_spy.environment(root, sparse=sparse), **(environment or {})}.items():
                 patch.setenv(name, value)
-            server = running.enter_context(serve(target, *OPTIONS, drafter=drafter, log=root / "server.log"))
+            chosen = ("--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", str(drafter))
+            server = running.enter_context(serve(target, *OPTIONS, *chosen, log=root / "server.log"))
         yield Spied(server, root)
 
 
@@ -68,7 +70,7 @@ class Pair(NamedTuple):
     expected: list[Decoded]
 
 
-def bigram_pair(root: Path, arch: str, *, sparse: bool) -> Pair:
+def bigram_pair(root: Path, arch: Literal["qwen3", "llama"], *, sparse: bool) -> Pair:
     make_bigram_pair(root / "target", root / "drafter", arch)
     target = load(root / "target")
     drafter = Drafter.read(root / "drafter", target)
@@ -135,7 +137,7 @@ def test_requests_side_by_side_draft_as_if_alone(spied: Spied, pair: Pair) -> No
 
 
 def test_requests_that_come_go_and_are_retracted_get_their_own_text(sparse: Spied, sparse_pair: Pair) -> None:
-    """Slots of the cache change hands all the time: by ends, aborts and retractions, among drafts and plain rounds."""
+    """Slots of the cache change hands all the time, between rounds with drafts and without."""
 
     def ask_and_hang_up(stop: threading.Event) -> None:
         while not stop.is_set():

@@ -55,7 +55,7 @@ _PARTICULARS: dict[Arch, dict[str, Any]] = {
 }
 
 
-def make_tiny_target(path: Path, arch: Arch = "qwen3", *, seed: int = 0, tied: bool = True) -> dict[str, Any]:
+def make_tiny_target(path: Path, arch: Arch = "qwen3", *, seed: int = 0) -> dict[str, Any]:
     """Write a random fp32 target with a byte-like tokenizer to `path`; returns its config.json."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -66,7 +66,7 @@ def make_tiny_target(path: Path, arch: Arch = "qwen3", *, seed: int = 0, tied: b
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 2048,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": VOCAB_SIZE - 1,
         "dtype": "float32",

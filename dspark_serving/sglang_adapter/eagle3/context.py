@@ -62,7 +62,7 @@ class ChainContext(TargetHiddenKvInjector):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._waiting_SM: torch.Tensor | None = None
+        self._waiting_SM = torch.empty(0, 0)
         self._pending: list[_Rows] = []
         self._pending_rows = 0
         self._requests: torch.Tensor | None = None
@@ -78,7 +78,8 @@ class ChainContext(TargetHiddenKvInjector):
         places = batch.req_pool_indices_cpu
         places = (batch.req_pool_indices.cpu() if places is None else places).tolist()
         generations = pool.req_generation[places].tolist()
-        ends, continued = [], []
+        ends: list[int] = []
+        continued: list[bool] = []
         for place, generation, prefix, new in zip(
             places, generations, batch.prefix_lens, batch.extend_lens, strict=True
         ):
@@ -207,7 +208,7 @@ class ChainContext(TargetHiddenKvInjector):
 
     @torch.inference_mode()
     def _wait(self, places_R: torch.Tensor, features_RM: torch.Tensor) -> None:
-        if self._waiting_SM is None:
+        if self._waiting_SM.shape[1] != features_RM.shape[1]:  # the first features of all
             places = self.model_runner.req_to_token_pool.req_to_token.shape[0]
             self._waiting_SM = features_RM.new_zeros(places, features_RM.shape[1])
         self._waiting_SM[places_R] = features_RM

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sglang.srt.configs.draft_parallel import DraftParallelSpec, DraftTPExecution
@@ -134,8 +134,8 @@ class DsparkServingEagle3Drafter(nn.Module):
         )
         self.layers = nn.ModuleList([Eagle3Layer(config, quant_config)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.embed_tokens: nn.Module | None = None
-        self.lm_head: nn.Module | None = None
+        self.embed_tokens: Any = None  # these two, unless they are its own, are the target's
+        self.lm_head: Any = None
         if config.own_embedding:
             self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         if config.own_head:
@@ -159,7 +159,7 @@ class DsparkServingEagle3Drafter(nn.Module):
         h [N, D] comes as `forward_batch.input_embeds`, the field that every SGLang backend leaves to the model. It is
         missing only when SGLang warms its kernels up.
         """
-        embeds_ND = self.embed_tokens(input_ids)  # type: ignore[misc]
+        embeds_ND = self.embed_tokens(input_ids)
         hidden_ND = torch.zeros_like(embeds_ND) if forward_batch.input_embeds is None else forward_batch.input_embeds
         output_ND, residual_ND = self.layers[0](positions, embeds_ND, hidden_ND, forward_batch)
         normed_ND, output_ND = self.norm(output_ND, residual_ND)
@@ -172,15 +172,13 @@ class DsparkServingEagle3Drafter(nn.Module):
 
         They depend on their own row only, because there is one layer: no attention is computed for them.
         """
-        layer = self.layers[0]
-        inputs, _ = layer.attention_input(self.embed_tokens(next_tokens_N), self.hidden_of(features_NM))  # type: ignore[misc]
-        _, k, v = layer.self_attn.forward_prepare_native(positions_N, inputs)
-        attention = layer.self_attn.attn
-        shape_NKE = (len(k), layer.self_attn.num_kv_heads, layer.self_attn.head_dim)
-        where = KVWriteLoc(cache_loc_N, physical=True)
-        pool.set_kv_buffer(
-            attention, where, k.view(shape_NKE), v.reshape(shape_NKE), attention.k_scale, attention.v_scale
-        )
+        layer = cast(Eagle3Layer, self.layers[0])
+        inputs, _ = layer.attention_input(self.embed_tokens(next_tokens_N), self.hidden_of(features_NM))
+        attention = layer.self_attn
+        _, k, v = attention.forward_prepare_native(positions_N, inputs)
+        k_NKE, v_NKE = (x.reshape(len(x), attention.num_kv_heads, attention.head_dim) for x in (k, v))
+        kept = attention.attn
+        pool.set_kv_buffer(kept, KVWriteLoc(cache_loc_N, physical=True), k_NKE, v_NKE, kept.k_scale, kept.v_scale)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load a checkpoint of the format that config.json names; `check_weights` has seen that it is complete.
