@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
 
 
 def test_accepts_what_fits(drafter: Path, target: tuple[Path, dict[str, Any]]) -> None:
-    spec = check_drafter(str(target[0]), str(drafter))
+    spec = check_drafter(str(target[0]), str(drafter), "dspark")
     assert (spec.gamma, spec.layers, spec.mask_token_id, spec.has_confidence) == (4, 2, 3, True)
     assert spec.draft_token_ids == tuple(range(10, 90))
 
@@ -127,7 +127,7 @@ def test_refuses_in_one_clear_line(drafter: Path, target: tuple[Path, dict[str, 
     edit, expected = REFUSED[name]
     edit(drafter)
     with pytest.raises(CheckpointError) as refusal:
-        check_drafter(str(target[0]), str(drafter))
+        check_drafter(str(target[0]), str(drafter), "dspark")
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
