@@ -96,8 +96,10 @@ class Gemma4Layer(nn.Module):
         super().__init__()
         self.self_attn = Gemma4Attention(config=config, layer_id=layer_id, quant_config=quant_config, prefix=prefix)
         self.mlp = Gemma3MLP(config.hidden_size, config.intermediate_size, config.hidden_act, quant_config)
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            setattr(self, f"{name}_layernorm", RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layer_scalar = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: Any, residual: None) -> Any:
