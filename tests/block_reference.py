@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,17 +26,26 @@ class Block(NamedTuple):
 
 
 class BlockReference:
-    """The drafter in directory `path`.
+    """The drafter in the canonical directory `path`.
 
     Args:
-        embedding_VD: what the target's embedding gives for each token, scaled as the target scales it.
+        embedding_VD: the target's embedding, as stored.
         head_VD: the target's output head; a drafter with `own_head` brings its own.
+        rename: canonical name of a weight by the name in the file.
     """
 
-    def __init__(self, path: Path, embedding_VD: Tensor, head_VD: Tensor) -> None:
+    def __init__(
+        self,
+        path: Path,
+        embedding_VD: Tensor,
+        head_VD: Tensor,
+        rename: Callable[[str], str | None] = lambda name: name,
+    ) -> None:
         self.config = json.loads((path / "config.json").read_text())
-        self.weights = load_file(path / "model.safetensors")
-        self._embedding_VD, self._head_VD = embedding_VD.float(), head_VD.float()
+        self.weights = {rename(name) or name: rows for name, rows in load_file(path / "model.safetensors").items()}
+        own = self.weights["embed_tokens.weight"] if self.config["own_embedding"] else embedding_VD
+        self._embedding_VD = own.float() * self.config.get("embed_scale", 1.0)
+        self._head_VD = head_VD.float()
         self._ids: Tensor | None = None
         if "draft_vocab_size" in self.config:
             self._ids = torch.tensor(json.loads((path / "draft_vocab.json").read_text())["token_ids"])

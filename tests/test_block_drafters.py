@@ -15,10 +15,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from dspark_serving.drafters import canonical_names, check_fit, make_view, read_spec
 from tests import draft_spy
 from tests.block_reference import BlockReference
+from tests.published_formats import write_published
 from tests.server import Server, serve
-from tests.tiny_blocks import DFLASH, GEMMA4, make_tiny_block
+from tests.tiny_blocks import DFLASH, make_tiny_block
 from tests.tiny_models import Arch, load_tiny_target, make_tiny_target
 
 pytestmark = pytest.mark.real_server
@@ -32,32 +34,31 @@ class Case(NamedTuple):
 
     algorithm: str  # as typed
     target: Arch
-    drafter: dict[str, Any]
+    drafter: dict[str, Any] | str  # fields of a canonical one, or a published format
 
 
 CASES = {
-    "dflash": Case("dflash", "qwen3", DFLASH),
-    "dflash-masks-llama-layers": Case(
-        "DFlash",
-        "llama",
-        DFLASH | {"sample_from_anchor": False, "layer_kind": "llama", "attention_bias": True},
-    ),
-    "dspark-gated-masks": Case("dspark", "qwen2", {"markov_head_type": "gated", "sample_from_anchor": False}),
-    "dspark-rnn": Case(
+    "z-lab": Case("dflash", "qwen3", "z-lab-dflash"),
+    "dflash-anchor-llama-layers": Case("DFlash", "llama", DFLASH | {"layer_kind": "llama", "attention_bias": True}),
+    "deepspec-gated": Case("dspark", "qwen2", "deepspec-dspark-gated"),
+    "rnn-llama-layers": Case(
         "DSpark", "gemma3", {"markov_head_type": "rnn", "layer_kind": "llama", "confidence_head_with_markov": False}
     ),
-    "dspark-gemma4": Case("dspark", "gemma4", GEMMA4),
-    "dspark-no-markov-own-vocabulary": Case(
+    "deepspec-gemma4": Case("dspark", "gemma4", "deepspec-gemma4-dspark"),
+    "no-markov-own-vocabulary": Case(
         "dspark",
         "qwen3",
         DFLASH
         | {
             "family": "dspark",
             "enable_confidence_head": True,
+            "own_embedding": True,
             "own_head": True,
             "draft_token_ids": list(range(7, 407, 5)),
         },
     ),
+    "speculators": Case("dspark", "llama", "speculators-dspark-after-anchor"),
+    "specforge": Case("dspark", "qwen3", "specforge-dspark"),
 }
 
 
@@ -91,11 +92,19 @@ class Served(NamedTuple):
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     case, root = CASES[request.param], tmp_path_factory.mktemp("block")
     config = make_tiny_target(root / "target", case.target)
-    drafter = make_tiny_block(root / "drafter", config, **case.drafter)
+    drafter = root / "drafter"
+    if isinstance(case.drafter, str):
+        write_published(drafter, config, case.drafter, layer_ids=(0, 2))
+    else:
+        make_tiny_block(drafter, config, **case.drafter)
     target = load_tiny_target(root / "target", case.target)
-    vocabulary = torch.arange(config["vocab_size"])
-    embedding_VD = target.get_input_embeddings()(vocabulary).detach()
-    reference = BlockReference(drafter, embedding_VD, target.get_output_embeddings().weight.detach())
+    spec = check_fit(read_spec(drafter), config)
+    reference = BlockReference(
+        make_view(spec, root / "reference"),
+        target.get_input_embeddings().weight.detach(),
+        target.get_output_embeddings().weight.detach(),
+        canonical_names(spec.format),
+    )
     arguments = ["--speculative-algorithm", case.algorithm, "--speculative-draft-model-path", str(drafter)]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in draft_spy.environment(root).items():

@@ -1,4 +1,4 @@
-"""Tiny random block drafters in the canonical form, of every layer kind and Markov head."""
+"""Tiny random block drafters in the canonical form, for what no published format has together."""
 
 from __future__ import annotations
 
@@ -56,8 +56,7 @@ def make_tiny_block(path: Path, target_config: dict[str, Any], *, seed: int = 1,
     weights = {}
     for name, shape in _shapes(config).items():
         noise = torch.randn(shape, generator=generator)
-        near_one = "norm" in name or name.endswith("layer_scalar")
-        weights[name] = 1.0 + 0.1 * noise if near_one else 0.15 * noise
+        weights[name] = 1.0 + 0.1 * noise if "norm" in name else 0.15 * noise
     save_file(weights, path / "model.safetensors")
     return path
 
@@ -67,15 +66,6 @@ DFLASH: dict[str, Any] = {
     "markov_rank": 0,
     "enable_confidence_head": False,
     "confidence_head_with_markov": False,
-}
-GEMMA4: dict[str, Any] = {
-    "layer_kind": "gemma4",
-    "head_dim": 32,
-    "num_key_value_heads": 1,
-    "attention_k_eq_v": True,
-    "hidden_act": "gelu_pytorch_tanh",
-    "rope_parameters": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-    "final_logit_softcapping": 8.0,
 }
 
 
@@ -87,11 +77,8 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"hidden_norm.weight": (d,), "norm.weight": (d,)}
     shapes["fc.weight"] = (d, len(config["target_layer_ids"]) * d)
     for layer in (f"layers.{i}" for i in range(config["num_hidden_layers"])):
-        norms = ["input", "post_attention"] + (["pre_feedforward", "post_feedforward"] if kind == "gemma4" else [])
-        shapes |= {f"{layer}.{norm}_layernorm.weight": (d,) for norm in norms}
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (d,) for norm in ("input", "post_attention")}
         projections = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
-        if config.get("attention_k_eq_v"):
-            del projections["v"]
         shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape for name, shape in projections.items()}
         if config["attention_bias"]:
             shapes |= {f"{layer}.self_attn.{name}_proj.bias": shape[:1] for name, shape in projections.items()}
@@ -99,12 +86,8 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{layer}.self_attn.{name}_norm.weight": (width,) for name in "qk"}
         mlp = {"gate": (inner, d), "up": (inner, d), "down": (d, inner)}
         shapes |= {f"{layer}.mlp.{name}_proj.weight": shape for name, shape in mlp.items()}
-        if kind == "gemma4":
-            shapes[f"{layer}.layer_scalar"] = (1,)
     if rank:
         shapes |= {"markov_head.markov_w1.weight": (vocab, rank), "markov_head.markov_w2.weight": (rows, rank)}
-    if rank and config["markov_head_type"] == "gated":
-        shapes |= {"markov_head.gate_proj.weight": (rank, d + rank), "markov_head.gate_proj.bias": (rank,)}
     if rank and config["markov_head_type"] == "rnn":
         shapes |= {
             "markov_head.joint_proj.weight": (3 * rank, 2 * rank + d),

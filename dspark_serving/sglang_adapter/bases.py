@@ -157,4 +157,49 @@ BASES = (
         "req, tree_cache, checkpoint",
         "requests of the profile",
     ),
+    Base(
+        "sglang.srt.models.dspark.DSparkDraftMixin.__init__",
+        "self, config, quant_config, prefix",
+        "the drafter that ours extends",
+    ),
+    Base(
+        "sglang.srt.models.dspark.DSparkDraftMixin.attach_shared_modules",
+        "self, embed_tokens, lm_head",
+        "the target's embedding and head, or the drafter's own",
+    ),
+    Base(
+        "sglang.srt.models.dspark.DSparkDraftMixin.compute_base_logits",
+        "self, hidden",
+        "capped logits, reduced vocabularies",
+    ),
+    Base(
+        "sglang.srt.models.dspark.DSparkDraftMixin._stacked_ctx_kv_params",
+        "self",
+        "context keys and values of other layers than Qwen3's",
+    ),
+    Base(
+        "sglang.srt.models.dspark.BaseDSparkMarkovHead.step_bias",
+        "self, prev_tokens, hidden_states, state",
+        "the head of a drafter without one",
+    ),
+    Base(
+        "sglang.srt.models.dflash.DFlashAttention.__init__",
+        "self, config, layer_id, quant_config, prefix",
+        "draft layers of Llama and Gemma 4",
+    ),
+    Base(
+        "sglang.srt.models.dflash.DFlashAttention.kv_proj_only",
+        "self, hidden_states",
+        "context keys and values of Gemma 4",
+    ),
+    Base(
+        "sglang.srt.models.dflash.DFlashDecoderLayer.forward",
+        "self, positions, hidden_states, forward_batch, residual",
+        "what a draft layer is called with",
+    ),
+    Base(
+        "sglang.srt.models.qwen2.Qwen2ForCausalLM.set_eagle3_layers_to_capture",
+        "self, layer_ids",
+        "features of Qwen2",
+    ),
 )  # fmt: skip

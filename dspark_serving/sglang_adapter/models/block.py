@@ -40,6 +40,18 @@ class NoMarkov(BaseDSparkMarkovHead):
         return base_dtype
 
 
+class ScaledEmbedding(nn.Module):
+    """An embedding whose rows are multiplied by `factor`: the drafter was trained on others than the target's."""
+
+    def __init__(self, embedding: nn.Module, factor: float) -> None:
+        super().__init__()
+        self._embedding, self._factor = embedding, factor
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows: Tensor = self._embedding(input_ids)
+        return rows * self._factor
+
+
 class DsparkServingBlockDrafter(DSparkDraftModel):
     """SGLang's DSpark drafter with every kind of layer, without a Markov head too, and with its own vocabulary."""
 
@@ -67,15 +79,12 @@ class DsparkServingBlockDrafter(DSparkDraftModel):
 
     def attach_shared_modules(self, *, embed_tokens: nn.Module, lm_head: nn.Module) -> None:
         """Take the target's embedding and head, where the drafter brings none of its own."""
+        embedding = self.embed_tokens if "embed_tokens" in self._own else embed_tokens
+        factor = getattr(self.config, "embed_scale", 1.0) / getattr(embedding, "embed_scale", 1.0)
         super().attach_shared_modules(
-            embed_tokens=self.embed_tokens if "embed_tokens" in self._own else embed_tokens,
+            embed_tokens=embedding if factor == 1.0 else ScaledEmbedding(embedding, factor),
             lm_head=self.lm_head if "lm_head" in self._own else lm_head,
         )
-
-    def forward_embed(self, input_ids: Tensor) -> Tensor:
-        """Rows [T, D] that enter the first layer; the target's embedding scales its rows itself (Gemma)."""
-        rows: Tensor = super().forward_embed(input_ids)
-        return rows * self.config.embed_scale if "embed_tokens" in self._own else rows
 
     def propose_only(self, token_ids: Tensor) -> None:
         """Propose only these ids (ascending) from now on, in logits over the whole vocabulary."""
