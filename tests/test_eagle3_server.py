@@ -26,9 +26,10 @@ pytestmark = pytest.mark.real_server
 
 # Prompts of seventy tokens are prefilled in three chunks, and their rows cross pages.
 OPTIONS = ("--page-size", "8", "--chunked-prefill-size", "32", "--dspark-policy", "full")
-ALGORITHM = "dspark"
+ALGORITHM = "eagle3"
 PROMPTS = [[5, 6, 7, 8], list(range(40, 110)), [200] * 9, [17, 300, 4, 99, 260, 31]]
 TOKENS = 40
+ANSWER = {"max_new_tokens": TOKENS, "ignore_eos": True}
 
 
 class Spied(NamedTuple):
@@ -51,7 +52,14 @@ def spied_server(
             patch.setenv("DSPARK_CACHE", str(root / "cache"))
             for name, value in {**draft_spy.environment(root, sparse=sparse), **(environment or {})}.items():
                 patch.setenv(name, value)
-            chosen = ("--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", str(drafter))
+            chosen: tuple[str, ...] = (
+                "--speculative-algorithm",
+                ALGORITHM,
+                "--speculative-draft-model-path",
+                str(drafter),
+            )
+            if sparse:  # its policy is in force before the profile, which asks for other ones
+                chosen += ["--dspark-profile-seconds", "0"]
             server = running.enter_context(serve(target, *OPTIONS, *chosen, log=root / "server.log"))
         yield Spied(server, root)
 
@@ -114,14 +122,14 @@ def test_the_drafter_of_these_tests_is_right_at_times(pair: Pair, sparse_pair: P
 def test_drafts_equal_the_definition_while_some_are_accepted(spied: Spied, pair: Pair) -> None:
     for _ in ("with an empty cache", "with the prompts cached"):
         for prompt, expected in zip(PROMPTS, pair.expected, strict=True):
-            answer, drafts = spied.ask(prompt, max_new_tokens=TOKENS)
+            answer, drafts = spied.ask(prompt, **ANSWER)
             assert answer["output_ids"] == expected.tokens
             assert drafts == expected.drafts
 
 
 def test_drafts_after_plain_rounds_equal_the_definition(sparse: Spied, sparse_pair: Pair) -> None:
     for prompt, expected in zip(PROMPTS, sparse_pair.expected, strict=True):
-        answer, drafts = sparse.ask(prompt, max_new_tokens=TOKENS)
+        answer, drafts = sparse.ask(prompt, **ANSWER)
         assert answer["output_ids"] == expected.tokens
         assert drafts == expected.drafts
     assert {"full", "off"} <= set(sparse.server.report()["plans"])
@@ -129,7 +137,7 @@ def test_drafts_after_plain_rounds_equal_the_definition(sparse: Spied, sparse_pa
 
 def test_requests_side_by_side_draft_as_if_alone(spied: Spied, pair: Pair) -> None:
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda prompt: spied.server.generate(prompt, max_new_tokens=TOKENS), PROMPTS * 3))
+        answers = list(pool.map(lambda prompt: spied.server.generate(prompt, **ANSWER), PROMPTS * 3))
     drafts = draft_spy.drafts_by_request(spied.directory)
     for answer, expected in zip(answers, pair.expected * 3, strict=True):
         assert answer["output_ids"] == expected.tokens
@@ -150,12 +158,31 @@ def test_requests_that_come_go_and_are_retracted_get_their_own_text(sparse: Spie
     impatient.start()
     try:
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda prompt: sparse.server.generate(prompt, max_new_tokens=TOKENS), PROMPTS * 8))
+            answers = list(pool.map(lambda prompt: sparse.server.generate(prompt, **ANSWER), PROMPTS * 8))
     finally:
         stop.set()
         impatient.join()
     assert [answer["output_ids"] for answer in answers] == [decoded.tokens for decoded in sparse_pair.expected] * 8
     assert "#retracted_reqs: 1" in sparse.server.log.read_text()
+
+
+@pytest.mark.parametrize("policy", ["threshold", "adaptive", "off"])
+def test_truncated_blocks_leave_text_as_it_is(spied: Spied, pair: Pair, policy: str) -> None:
+    url = f"{spied.server.base_url}/dspark/policy"
+    body = {"policy": policy, **({"threshold": 0.02} if policy == "threshold" else {})}
+    before = spied.server.report()
+    httpx.post(url, json=body, timeout=60.0, trust_env=False).raise_for_status()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda prompt: spied.server.generate(prompt, **ANSWER), PROMPTS * 3))
+    finally:
+        httpx.post(url, json={"policy": "full"}, timeout=60.0, trust_env=False).raise_for_status()
+    assert [answer["output_ids"] for answer in answers] == [decoded.tokens for decoded in pair.expected] * 3
+    report = spied.server.report()
+    rows, rounds = (report[name] - before[name] for name in ("verified_tokens", "request_rounds"))
+    assert rounds <= rows < 5 * rounds
+    if policy == "threshold":
+        assert rounds < rows
 
 
 def test_sampling_keeps_the_target_distribution(spied: Spied, pair: Pair) -> None:
@@ -206,11 +233,11 @@ def test_published_drafters_draft_as_defined(name: str, tmp_path: Path) -> None:
     with spied_server(tmp_path / "target", view, tmp_path / "server") as spied:
         for prompt in PROMPTS[:2]:
             expected = speculative_decode(drafter, target, prompt, 12)
-            answer, drafts = spied.ask(prompt, max_new_tokens=12)
+            answer, drafts = spied.ask(prompt, max_new_tokens=12, ignore_eos=True)
             assert answer["output_ids"] == expected.tokens
             assert drafts == expected.drafts
             assert drafts != speculative_decode(without_features(drafter), target, prompt, 12).drafts
-        sampled = spied.server.generate(PROMPTS[1], temperature=1.0, top_p=0.9, max_new_tokens=12)
+        sampled = spied.server.generate(PROMPTS[1], temperature=1.0, top_p=0.9, max_new_tokens=12, ignore_eos=True)
         assert len(sampled["output_ids"]) == 12
         config = json.loads((view / "config.json").read_text())
         assert len(drafts[0]) == config["block_size"]
