@@ -116,12 +116,8 @@ def rows_of(recording: Recording, *, skip_seconds: float, spent: float) -> list[
 def _errors(outcome: Outcome, profiled: CostModel) -> Iterator[Error]:
     batch, plan = outcome.batch, outcome.plan
     context = int(batch.context_R.sum())
-    if plan.drafts:
-        tokens_N = outcome.verify_lens_R.sum(keepdims=True)
-        start = profiled.draft(batch.requests, batch.sampled)
-        start += float(profiled.verify(batch.requests, tokens_N, context, batch.sampled)[0])
-    else:
-        start = profiled.plain(batch.requests, context, batch.sampled)
+    tokens = int(outcome.verify_lens_R.sum())
+    start = profiled.seconds(batch.requests, tokens, context, plan.drafts, batch.sampled)
     for phase, predicted in (("start", start), ("online", plan.expected_seconds)):
         if predicted == predicted:  # not nan
             yield Error(phase, batch.requests, plan.drafts, abs(predicted - outcome.seconds) / outcome.seconds)

@@ -164,12 +164,7 @@ def _beyond(outcome: Outcome, lens_R: np.ndarray, calibrated_RG: np.ndarray) -> 
 
 
 def _seconds(cost: CostModel, batch: Batch, lens_R: np.ndarray, *, drafted: bool) -> float:
-    context = int(batch.context_R.sum())
-    if not drafted:
-        return cost.plain(batch.requests, context, batch.sampled)
-    tokens_N = np.array([int(lens_R.sum())])
-    verify = float(cost.verify(batch.requests, tokens_N, context, batch.sampled)[0])
-    return cost.draft(batch.requests, batch.sampled) + verify
+    return cost.seconds(batch.requests, int(lens_R.sum()), int(batch.context_R.sum()), drafted, batch.sampled)
 
 
 def _learned(recording: Recording) -> tuple[CostModel, OnlineCalibration]:

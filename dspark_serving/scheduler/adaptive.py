@@ -211,12 +211,9 @@ class AdaptivePolicy:
         requests, context, sampled = batch.requests, int(batch.context_R.sum()), batch.sampled
         tokens = int(outcome.verify_lens_R.sum())
         self._cost.observe(requests, tokens, context, draft_seconds, seconds, drafted, sampled)
-        # Against the refined model: what it learns by itself needs no second correction.
-        if self._cost.known and drafted:
-            verify = float(self._cost.verify(requests, np.array([tokens]), context, sampled)[0])
-            self._draft_time.observe(seconds, verify + self._cost.draft(requests, sampled))
-        elif self._cost.known:
-            self._plain_time.observe(seconds, self._cost.plain(requests, context, sampled))
+        if self._cost.known:  # against the refined model: what it learns by itself needs no second correction
+            bias = self._draft_time if drafted else self._plain_time
+            bias.observe(seconds, self._cost.seconds(requests, tokens, context, drafted, sampled))
         self._floors.observe(batch, outcome.accepted_R + 1, seconds)
 
     def _reject(self, what: str) -> None:

@@ -102,6 +102,13 @@ class CostModel:
             seconds = self._plains[requests] = self._predict_plain(requests)
         return seconds + self._speed * (self._curves.context_slope * context + self._curves.sampled.plain * sampled)
 
+    def seconds(self, requests: int, tokens: int, context: int, drafted: bool, sampled: int = 0) -> float:
+        """Of a whole round, draft pass included."""
+        if not drafted:
+            return self.plain(requests, context, sampled)
+        verify = float(self.verify(requests, np.array([tokens]), context, sampled)[0])
+        return self.draft(requests, sampled) + verify
+
     def sureness(self, requests: int, tokens: int) -> float:
         """Relative standard deviation of `verify`'s prediction; inf without data."""
         if self._curves is None:

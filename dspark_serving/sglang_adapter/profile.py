@@ -19,7 +19,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils import get_device_module
 
 from dspark_serving.scheduler.baselines import FullPolicy, OffPolicy
-from dspark_serving.scheduler.cost import CostSample
+from dspark_serving.scheduler.cost import CostModel, CostSample
 from dspark_serving.scheduler.round import Batch, Plan
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,24 @@ def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSamp
         scheduler: SGLang's scheduler, completely constructed, with our worker.
         seconds: stop after that long; the ends of the grid come first, so what is left out lies between them.
     """
+    return _measure(scheduler, _groups(scheduler), seconds)
+
+
+def relative_error(scheduler: Any, cost: CostModel, *, seconds: float = SECONDS) -> float:
+    """Median relative error of predicted round times, in a few rounds of one request and of a middling batch."""
+    sizes = dict.fromkeys((1, min(8, _most_requests(scheduler))))
+    samples = _measure(scheduler, [_Group(size, _SHORT) for size in sizes], seconds)
+    predicted = [cost.seconds(s.requests, s.tokens, s.context, s.drafted) for s in samples]
+    return float(np.median([abs(sample.seconds / p - 1.0) for sample, p in zip(samples, predicted, strict=True)]))
+
+
+def _measure(scheduler: Any, groups: list[_Group], seconds: float) -> list[CostSample]:
     worker = scheduler.draft_worker
     before, started = worker.policy, time.monotonic()
     deadline = started + (1.0 - _LAST) * seconds
     samples: list[CostSample] = []
     try:
-        for group in _groups(scheduler):
+        for group in groups:
             samples += _profile_group(scheduler, group, deadline)
             if worker.any_rank_past(deadline):
                 break
@@ -84,15 +96,27 @@ def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSamp
 
 def _groups(scheduler: Any) -> list[_Group]:
     """Batch sizes from the ends inwards; one of them sampled too, and one with a long context."""
-    room = scheduler.max_total_num_tokens // 2
-    width = 2 * scheduler.draft_worker.verify_num_draft_tokens
-    most = max(1, min(scheduler.max_running_requests, room // (_SHORT + width)))
+    most, room = _most_requests(scheduler), _room(scheduler)
     sizes = [size for size in (1, most, 4, most // 2, 8, 2, most // 4) if 1 <= size <= most]
     groups = [_Group(size, _SHORT) for size in dict.fromkeys(sizes)]
     groups.insert(3, _Group(min(8, most), _SHORT, temperature=1.0))
-    if room >= 4 * (_LONG + width):
+    if room >= 4 * (_LONG + _width(scheduler)):
         groups.insert(4, _Group(4, _LONG))
     return groups
+
+
+def _most_requests(scheduler: Any) -> int:
+    return max(1, min(int(scheduler.max_running_requests), _room(scheduler) // (_SHORT + _width(scheduler))))
+
+
+def _room(scheduler: Any) -> int:
+    """Tokens of the cache that the profile may take."""
+    return int(scheduler.max_total_num_tokens) // 2
+
+
+def _width(scheduler: Any) -> int:
+    """Tokens that a round reserves for a request."""
+    return 2 * int(scheduler.draft_worker.verify_num_draft_tokens)
 
 
 def _profile_group(scheduler: Any, group: _Group, deadline: float) -> list[CostSample]:

@@ -24,10 +24,13 @@ from dspark_serving.scheduler.cost_table import CostKey, load_cost, save_cost
 from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Policy
 from dspark_serving.sglang_adapter import options, resolution
-from dspark_serving.sglang_adapter.profile import profile_engine
+from dspark_serving.sglang_adapter.profile import profile_engine, relative_error
 from dspark_serving.sglang_adapter.routes import DUMP_KEY, POLICY_KEY, THRESHOLD_KEY
 
 logger = logging.getLogger(__name__)
+
+_TOLERATED_ERROR = 0.15
+"""Median relative error of a table from the cache, beyond which the server measures again."""
 
 
 class Repertoire:
@@ -138,14 +141,14 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
 
 
 def _costs(scheduler: Any, config: ServingConfig, key: CostKey) -> CostModel:
-    """Costs of this engine: from the cache, else measured now; unknown when measuring is switched off."""
+    """Costs of this engine: from the cache where they still hold, else measured now; without measuring, unknown."""
     directory = cache_root() / "cost"
     try:
         cost = load_cost(directory, key)
     except DataError as error:
         logger.warning("%s Measuring again.", error)
         cost = None
-    if cost is not None:
+    if cost is not None and _holds(scheduler, cost, config.profile_seconds):
         logger.info("step times from %s", directory / key.file_name)
         return cost
     if config.profile_seconds == 0:
@@ -156,6 +159,17 @@ def _costs(scheduler: Any, config: ServingConfig, key: CostKey) -> CostModel:
     if get_parallel().tp_rank == 0:
         logger.info("step times kept in %s", save_cost(directory, key, cost))
     return cost
+
+
+def _holds(scheduler: Any, cost: CostModel, seconds: float) -> bool:
+    """Whether costs that were measured earlier, perhaps beside other tenants, predict this server's rounds."""
+    if seconds == 0:
+        return True
+    error = relative_error(scheduler, cost, seconds=seconds)
+    holds = scheduler.draft_worker.agree(error <= _TOLERATED_ERROR)
+    if not holds:
+        logger.info("step times measured earlier are off by %.0f %% now", 100 * error)
+    return holds
 
 
 def _cost_key(scheduler: Any, drafter: Path) -> CostKey:

@@ -150,9 +150,13 @@ class DsparkServingWorker(DSparkWorkerV2):
         """Host seconds of the newest draft pass."""
         return self.stats.newest("propose")
 
+    def agree(self, flag: bool) -> bool:
+        """The deciding rank's `flag`, on every rank: times differ from rank to rank."""
+        return self._verify_planner.plan_sync.agree(flag)
+
     def any_rank_past(self, deadline: float) -> bool:
         """Whether the deciding rank's clock (time.monotonic) is past `deadline`: all ranks stop together."""
-        return self._verify_planner.plan_sync.agree(time.monotonic() > deadline)
+        return self.agree(time.monotonic() > deadline)
 
     def forget_rounds(self) -> None:
         """Drop rounds that were run to measure the engine."""

@@ -1,0 +1,71 @@
+"""Step times from the cache: kept where they still hold, measured again where they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dspark_serving.config import ServingConfig
+from dspark_serving.scheduler.cost import CostModel, CostSample
+from dspark_serving.scheduler.cost_table import load_cost, save_cost
+from dspark_serving.sglang_adapter import profile, scheduling
+from tests.cost_world import World
+from tests.test_cost_table import KEY
+
+SCHEDULER = SimpleNamespace(
+    draft_worker=SimpleNamespace(agree=lambda flag: flag, model_runner=None, verify_num_draft_tokens=6),
+    max_total_num_tokens=4096,
+    max_running_requests=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    """An engine without noise, whose rounds take what the world says at the moment."""
+    world, rng = World(noise=0.0), np.random.default_rng(0)
+
+    def measure(scheduler: Any, groups: list[Any], seconds: float) -> list[CostSample]:
+        rounds = [(group, lens) for group in groups for lens in (1, 6)]
+        return [
+            world.round(
+                rng, group.requests, group.requests * lens, group.requests * group.prompt, lens > 1,
+                group.requests if group.temperature else 0,
+            )
+            for group, lens in rounds
+        ]  # fmt: skip
+
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    monkeypatch.setattr(profile, "_measure", measure)
+    monkeypatch.setattr(scheduling, "ragged_capture_num_tokens", lambda model_runner: None)
+    monkeypatch.setattr(scheduling, "get_parallel", lambda: SimpleNamespace(tp_rank=0))
+    return world
+
+
+def costs() -> CostModel:
+    return scheduling._costs(SCHEDULER, ServingConfig(), KEY)
+
+
+def test_a_table_that_holds_is_kept(tmp_path: Path) -> None:
+    first, second = costs(), costs()
+    assert second.samples == first.samples
+
+
+def test_a_table_of_a_busier_hour_is_measured_again(tmp_path: Path, engine: World) -> None:
+    engine.speed = 1.4
+    slow = costs()
+    engine.speed = 1.0
+    now = costs()
+    assert slow.plain(4, 100) / now.plain(4, 100) == pytest.approx(1.4, rel=0.02)
+    kept = load_cost(tmp_path / "cost", KEY)
+    assert kept is not None
+    assert kept.samples == now.samples
+
+
+def test_without_measuring_a_table_is_taken_as_it_is(tmp_path: Path, engine: World) -> None:
+    save_cost(tmp_path / "cost", KEY, CostModel.fit(World(speed=3.0, noise=0.0).profile(np.random.default_rng(1))))
+    kept = scheduling._costs(SCHEDULER, ServingConfig(profile_seconds=0), KEY)
+    assert kept.plain(1, 24) == pytest.approx(3 * engine.plain(1, 24), rel=0.05)
