@@ -29,7 +29,7 @@ from dspark_serving.sglang_adapter.routes import DUMP_KEY, POLICY_KEY, THRESHOLD
 
 logger = logging.getLogger(__name__)
 
-_TOLERATED_ERROR = 0.15
+_TOLERATED_ERROR = 0.25
 """Median relative error of a table from the cache, beyond which the server measures again."""
 
 
