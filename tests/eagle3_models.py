@@ -194,7 +194,11 @@ def speculative_decode(
 
 
 def make_bigram_pair(target_path: Path, drafter_path: Path, arch: str = "qwen3", *, seed: int = 0) -> None:
-    """A target whose next token hangs mostly on the last one, and a drafter that knows this and little else."""
+    """A target whose next token hangs mostly on the last one, and a drafter that knows this and little else.
+
+    The drafter's attention sees its own row only (constant queries and keys, apart by their rotation) and copies the
+    token's embedding to the target's head; its features add noise. So some of what it drafts is accepted.
+    """
     config = make_tiny_target(target_path, arch, seed=seed, tied=False)
     weights = load_file(target_path / "model.safetensors")
     for name, weight in weights.items():
@@ -204,13 +208,8 @@ def make_bigram_pair(target_path: Path, drafter_path: Path, arch: str = "qwen3",
     make_bigram_drafter(drafter_path, config)
 
 
-def make_bigram_drafter(drafter_path: Path, config: dict[str, Any], *, scale: float = 1.0) -> None:
-    """A drafter for a target (`config`) whose head tells the next token from the last one's embedding.
-
-    Its attention sees its own row only (constant queries and keys, apart by their rotation) and copies the token's
-    embedding to the target's head; its features add noise. So some of what it drafts is accepted. Its logits are
-    `scale` of what the target makes of an embedding.
-    """
+def make_bigram_drafter(drafter_path: Path, config: dict[str, Any]) -> None:
+    """The drafter of `make_bigram_pair`, for any target (its config.json) that follows its last token so."""
     d, size = config["hidden_size"], 16
     drafter = make_eagle3(
         drafter_path, config, num_key_value_heads=3, attention_bias=True, qk_norm=False, norm_before_residual=True
@@ -224,8 +223,8 @@ def make_bigram_drafter(drafter_path: Path, config: dict[str, Any], *, scale: fl
         bias = drafter[f"layers.0.self_attn.{name}_proj.bias"].zero_()
         if name in "qk":
             bias.view(-1, size)[:, : size // 2] = 5.0
-    for name, share in {"input_layernorm": 1.0, "hidden_norm": 0.2, "post_attention_layernorm": 1.0}.items():
-        drafter[f"layers.0.{name}.weight"].fill_(share)
+    for name, scale in {"input_layernorm": 1.0, "hidden_norm": 0.2, "post_attention_layernorm": 1.0}.items():
+        drafter[f"layers.0.{name}.weight"].fill_(scale)
     drafter["layers.0.mlp.down_proj.weight"] *= 0.3
-    drafter["norm.weight"].fill_(scale)
+    drafter["norm.weight"].fill_(1.0)
     save_file(drafter, drafter_path / "model.safetensors")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 Text = tuple[int, ...]
-LEAST_EXPECTED = 5.0
+LEAST_EXPECTED = 10.0
 """Cells that are expected less often are counted together."""
 
 

@@ -1,8 +1,8 @@
 """The target's side of a round: SGLang's verification, with what a request's sampling asks for applied to every row.
 
-Beside the penalties (penalties.py), SGLang's rejection rule does not know min-p, and it takes top-p of what top-k leaves
-where its plain sampler takes both of the whole distribution. A round must follow the distribution that the request
-would be sampled from without speculation.
+Beside the penalties (penalties.py), SGLang's rejection rule does not know min-p, and it takes top-p of what top-k
+leaves, where its plain sampler takes both of the whole distribution. A round must follow the distribution that the
+request would be sampled from without speculation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ class SamplingVerifier(TargetVerifyExecutor):
         self.penalties = Penalties(model_runner.model_config.vocab_size)
 
     def run_compact(
-        self, *, batch: Any, draft_block_ids: torch.Tensor, draft_tokens: torch.Tensor, sampling_info: Any, **kwargs: Any
+        self,
+        *,
+        batch: Any,
+        draft_block_ids: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        sampling_info: Any,
+        **kwargs: Any,
     ) -> tuple[TargetVerifyResult, torch.Tensor]:
         """Verify packed rows; the logits come back as whole blocks."""
         found = super().run_compact(
@@ -87,6 +93,4 @@ def filtered(logits: torch.Tensor, sampling_info: Any, *, rows: int) -> torch.Te
     above = probs.cumsum(dim=1) - probs
     ranks = torch.arange(width, device=logits.device)
     kept = (ranks < top_ks) & (above <= top_ps) & (probs >= min_ps * probs[:, :1])
-    return torch.full_like(logits, -torch.inf).scatter(
-        1, index, logits.gather(1, index).masked_fill(~kept, -torch.inf)
-    )
+    return torch.full_like(logits, -torch.inf).scatter(1, index, logits.gather(1, index).masked_fill(~kept, -torch.inf))
