@@ -32,7 +32,7 @@ def install() -> None:
             draft_probs = torch.zeros_like(draft_probs)
         return draw_final(target_probs, draft_probs, counts, uniform)
 
-    sampling.chain_speculative_sampling, sampling._draw_final = chain_speculative_sampling, draw
+    vars(sampling).update(chain_speculative_sampling=chain_speculative_sampling, _draw_final=draw)
 
 
 def environment(directory: Path) -> dict[str, str]:

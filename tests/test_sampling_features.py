@@ -109,9 +109,10 @@ LOGPROBS: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": 3, "toke
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     oracle = make_oracle_target(root / "target", loop=6, disturbance=0.13)
-    make_oracle_drafter(root / "dspark", oracle, known_tokens(oracle, 0.9))
-    make_oracle_dflash(root / "dflash", oracle)
-    make_bigram_drafter(root / "eagle3", oracle.config)
+    # Less sure than the target: what they draft by differs from what it is accepted by.
+    make_oracle_drafter(root / "dspark", oracle, known_tokens(oracle, 0.9), sharpness=0.55)
+    make_oracle_dflash(root / "dflash", oracle, sharpness=0.55)
+    make_bigram_drafter(root / "eagle3", oracle.config, sharpness=0.55)
     return root
 
 
@@ -233,7 +234,6 @@ def test_sampled_text_follows_the_target(served: Served, policy: str, sampling: 
     served.use(policy)
     before = served.server.report()
     assert p_value(served, {"temperature": 1.0, **sampling}) > IMPOSSIBLE
-    print("AL", served.family, sampling, served.accepted_length(before))
     assert 1.2 < served.accepted_length(before) < 4.0  # drafts are accepted, and others rejected
 
 
@@ -254,5 +254,4 @@ def p_value(served: Served, sampling: dict[str, Any], *, tokens: int = 4, sample
     answers = httpx.post(f"{served.server.base_url}/generate", json=body, timeout=300.0, trust_env=False)
     found = [tuple(answer["output_ids"]) for answer in answers.raise_for_status().json()]
     expected = sampled_distribution.of_text(served.target, PROMPT, tokens, **sampling)
-    print("PV", served.family, sampling, sampled_distribution.chi_square(found, expected))
     return sampled_distribution.chi_square(found, expected)
