@@ -208,6 +208,15 @@ def make_bigram_pair(target_path: Path, drafter_path: Path, arch: Literal["qwen3
         # The embedding outweighs what the layers add to it.
         weight *= 10.0 if "embed_tokens" in name else 0.3 if "o_proj" in name or "down_proj" in name else 1.0
     save_file(weights, target_path / "model.safetensors", {"format": "pt"})
+    make_bigram_drafter(drafter_path, config)
+
+
+def make_bigram_drafter(drafter_path: Path, config: dict[str, Any], *, sharpness: float = 1.0) -> None:
+    """The drafter of `make_bigram_pair`, for any target (its config.json) that follows its last token so.
+
+    Args:
+        sharpness: its logits, as a share of what the target's head makes of a token's embedding.
+    """
     d, size = config["hidden_size"], 16
     drafter = make_eagle3(
         drafter_path, config, num_key_value_heads=3, attention_bias=True, qk_norm=False, norm_before_residual=True
@@ -224,5 +233,5 @@ def make_bigram_pair(target_path: Path, drafter_path: Path, arch: Literal["qwen3
     for name, scale in {"input_layernorm": 1.0, "hidden_norm": 0.2, "post_attention_layernorm": 1.0}.items():
         drafter[f"layers.0.{name}.weight"].fill_(scale)
     drafter["layers.0.mlp.down_proj.weight"] *= 0.3
-    drafter["norm.weight"].fill_(1.0)
+    drafter["norm.weight"].fill_(sharpness)
     save_file(drafter, drafter_path / "model.safetensors")

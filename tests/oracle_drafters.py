@@ -31,14 +31,19 @@ class Oracle(NamedTuple):
     head_VD: torch.Tensor  # of the target: head[successor[x]] points where embedding[x] does
 
 
-def make_oracle_target(path: Path, *, disturbance: float = 0.11, seed: int = 0) -> Oracle:
-    """Write a Qwen3-shaped fp32 target; `disturbance` is the standard deviation of its layers' weights."""
+def make_oracle_target(path: Path, *, disturbance: float = 0.11, seed: int = 0, loop: int | None = None) -> Oracle:
+    """Write a Qwen3-shaped fp32 target.
+
+    Args:
+        disturbance: standard deviation of its layers' weights.
+        loop: length of its cycles; None for one of all ids.
+    """
     make_tiny_target(path, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     cycle = torch.tensor([i for i in range(VOCAB_SIZE) if i not in _OUTSIDE])
     cycle = cycle[torch.randperm(len(cycle), generator=generator)]
     successor_V = torch.arange(VOCAB_SIZE)
-    successor_V[cycle] = cycle.roll(-1)
+    successor_V[cycle] = torch.cat([part.roll(-1) for part in cycle.split(loop or len(cycle))])
     model = Qwen3ForCausalLM.from_pretrained(path)
     width = model.config.hidden_size
     embedding_VD = torch.randn(VOCAB_SIZE, width, generator=generator)
@@ -65,12 +70,12 @@ def known_tokens(oracle: Oracle, share: float, *, seed: int = 0) -> torch.Tensor
 
 
 def make_oracle_drafter(
-    path: Path, oracle: Oracle, known: torch.Tensor, *, gamma: int = 4, confidence: bool = False
+    path: Path, oracle: Oracle, known: torch.Tensor, *, gamma: int = 4, confidence: bool = False, sharpness: float = 1.0
 ) -> None:
     """Write a DSpark drafter in DeepSpec's format whose Markov head is the target's bigrams behind `known` tokens.
 
     Its layers say nothing of use, so behind other tokens its distribution is nearly uniform. A confidence head, if any,
-    is random.
+    is random. With a `sharpness` below 1 it is less sure than the target.
     """
     width = oracle.config["hidden_size"]
     make_tiny_drafter(path, oracle.config, gamma=gamma, markov_rank=width, confidence=confidence)
@@ -78,7 +83,20 @@ def make_oracle_drafter(
     # Small and of random sign: as it is, the anchor's embedding would lead to its successor through the head as well.
     weights["norm.weight"] = 0.02 * torch.randn(width, generator=torch.Generator().manual_seed(2))
     first_VD = torch.zeros_like(oracle.embedding_VD)
-    first_VD[known] = oracle.embedding_VD[known]
+    first_VD[known] = oracle.embedding_VD[known] * sharpness
     weights["markov_head.markov_w1.weight"] = first_VD
     weights["markov_head.markov_w2.weight"] = oracle.head_VD.clone()
+    save_file(weights, path / "model.safetensors")
+
+
+def make_oracle_dflash(path: Path, oracle: Oracle, *, gamma: int = 4, sharpness: float = 1.0) -> None:
+    """Write a DFlash drafter in DeepSpec's format that knows the successor of the anchor, and nothing of what follows.
+
+    Its layers pass their input on: the anchor's embedding, and zeros for the mask tokens behind it.
+    """
+    make_tiny_drafter(path, oracle.config, gamma=gamma, markov_rank=0, confidence=False)
+    weights = load_file(path / "model.safetensors")
+    for name, weight in weights.items():
+        weight *= 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+    weights["norm.weight"].fill_(sharpness)
     save_file(weights, path / "model.safetensors")

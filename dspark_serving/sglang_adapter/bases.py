@@ -54,11 +54,20 @@ BASES = (
     Base(
         f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_compact",
         "self, batch, layout, draft_block_ids, draft_tokens, bs, device, sampling_info, verify_window, inject_gate",
-        "timed",
+        "timed, and its logits adjusted",
     ),
     Base(
         f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_non_compact",
-        "self, batch, draft_input, verify_ids_2d, verify_window, sampling_info", "timed",
+        "self, batch, draft_input, verify_ids_2d, verify_window, sampling_info", "timed, and its logits adjusted",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.accept_and_finalize",
+        "self, folded_accept, bs, verify_ids_2d, target_logits, draft_block, sampling_info, draft_input, layout, "
+        "prefix_lens, draft_tokens, simulate_bonus_sampling_info", "timed, and its filters completed",
+    ),
+    Base(
+        f"{_DSPARK}.dspark_planner.apply_logits_adjustments_strided",
+        "next_token_logits, sampling_info, verify_num_draft_tokens", "logit bias and custom processors",
     ),
     Base(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",

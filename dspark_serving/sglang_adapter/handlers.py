@@ -125,6 +125,13 @@ def draft_probs(original: Callable[..., Any], draft_block: Any, vocab: int, devi
     return draws.sampled_probabilities(original, draft_block, vocab, device)
 
 
+def adjustments_are_noop(original: Callable[[Any], bool], sampling_info: Any) -> bool:
+    """Around the question whether logits may go unadjusted into acceptance."""
+    from dspark_serving.sglang_adapter import penalties
+
+    return original(sampling_info) and not penalties.is_asked_for(sampling_info)
+
+
 def no_fused_kv_write(self: Any, pool: Any) -> None:
     """Instead of building the fused KV write: SGLang falls back to plain torch."""
 

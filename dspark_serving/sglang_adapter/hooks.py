@@ -110,6 +110,10 @@ HOOKS = (
         "draft_block, vocab, device", "reject with the very distributions that were sampled from",
     ),
     Seam(
+        f"{_DSPARK}.dspark_verify.verify_logits_adjustments_are_noop", HookType.AROUND, handlers.adjustments_are_noop,
+        "sampling_info", "SGLang looks for penalties under a name that they no longer have",
+    ),
+    Seam(
         "sglang.srt.models.dspark.DSparkDraftMixin._build_fused_kv_write_bundle", HookType.REPLACE,
         handlers.no_fused_kv_write, "self, pool", "the fused write is a Triton kernel", cpu_only=True,
     ),

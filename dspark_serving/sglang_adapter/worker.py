@@ -25,6 +25,7 @@ from dspark_serving.sglang_adapter.plan_sync import PlanSync
 from dspark_serving.sglang_adapter.planner import PolicyPlanner
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
 from dspark_serving.sglang_adapter.rounds import RoundLog
+from dspark_serving.sglang_adapter.verification import SamplingVerifier
 
 if TYPE_CHECKING:
     from dspark_serving.recording import FlightRecorder
@@ -112,11 +113,13 @@ class DsparkServingWorker(DSparkWorkerV2):
         ):
             setattr(owner, method, self.stats.timed(phase, getattr(owner, method)))
 
-    def _forward_prefill(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_prefill(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._rounds.interrupt()
         if self._late_commit is not None:
             self._late_commit.flush()
-        return super()._forward_prefill(*args, **kwargs)
+        if self._hosts_draft:
+            self._verify_executor.penalties.begin(batch)
+        return super()._forward_prefill(batch, *args, **kwargs)
 
     def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
         if batch.forward_mode.is_idle():
@@ -184,8 +187,12 @@ class DsparkServingWorker(DSparkWorkerV2):
 
 @contextmanager
 def _our_parts(family: str, *, on_cpu: bool) -> Iterator[None]:
-    """Let SGLang's constructor build our planner and proposer: it takes them from names of its module."""
-    parts: dict[str, Any] = {"DSparkVerifyPlanner": PolicyPlanner, "DraftBlockProposer": PolicyProposer}
+    """Let SGLang's constructor build our parts: it takes them from names of its module."""
+    parts: dict[str, Any] = {
+        "DSparkVerifyPlanner": PolicyPlanner,
+        "DraftBlockProposer": PolicyProposer,
+        "TargetVerifyExecutor": SamplingVerifier,
+    }
     if family == "eagle3":
         parts |= eagle3.PARTS
     elif on_cpu:
