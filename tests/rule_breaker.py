@@ -22,10 +22,10 @@ def install() -> None:
 
     rule, draw_final = sampling.chain_speculative_sampling, sampling._draw_final
 
-    def chain_speculative_sampling(*args: Any, uniform_samples: torch.Tensor, **kwargs: Any) -> None:
+    def chain_speculative_sampling(**kwargs: Any) -> None:
         if _broken() == ACCEPTS_ALL:
-            uniform_samples = torch.zeros_like(uniform_samples)
-        rule(*args, uniform_samples=uniform_samples, **kwargs)
+            kwargs["uniform_samples"] = torch.zeros_like(kwargs["uniform_samples"])
+        rule(**kwargs)
 
     def draw(target_probs: Any, draft_probs: Any, counts: Any, uniform: Any) -> torch.Tensor:
         if _broken() == NO_RESIDUAL:

@@ -52,12 +52,7 @@ def spied_server(
             patch.setenv("DSPARK_CACHE", str(root / "cache"))
             for name, value in {**draft_spy.environment(root, sparse=sparse), **(environment or {})}.items():
                 patch.setenv(name, value)
-            chosen: tuple[str, ...] = (
-                "--speculative-algorithm",
-                ALGORITHM,
-                "--speculative-draft-model-path",
-                str(drafter),
-            )
+            chosen = ["--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", str(drafter)]
             if sparse:  # its policy is in force before the profile, which asks for other ones
                 chosen += ["--dspark-profile-seconds", "0"]
             server = running.enter_context(serve(target, *OPTIONS, *chosen, log=root / "server.log"))

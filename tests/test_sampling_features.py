@@ -27,7 +27,7 @@ pytestmark = pytest.mark.real_server
 FAMILIES = ("dspark", "dflash", "eagle3")
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
-    "truncating": {"policy": "threshold", "threshold": 0.3},
+    "truncating": {"policy": "threshold", "threshold": 0.75},
     "adaptive": {"policy": "adaptive"},
     "off": {"policy": "off"},
 }
@@ -135,11 +135,11 @@ class Served(NamedTuple):
         url = f"{self.server.base_url}/dspark/policy"
         httpx.post(url, json=POLICIES[policy], timeout=60.0, trust_env=False).raise_for_status()
 
-    def accepted_length(self, before: dict[str, Any]) -> float:
-        """Tokens a round, bonus token included, since the report `before`."""
+    def a_round(self, what: str, before: dict[str, Any]) -> float:
+        """Tokens of a request in a round since the report `before`; `what` is its name of them."""
         now = self.server.report()
-        committed, rounds = (now[name] - before[name] for name in ("output_tokens", "request_rounds"))
-        return float(committed / rounds)
+        tokens, rounds = (now[name] - before[name] for name in (what, "request_rounds"))
+        return float(tokens / rounds)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -159,7 +159,8 @@ def test_greedy_answers_equal_no_speculation(served: Served, reference: Referenc
     served.use(policy)
     before = served.server.report()
     assert ask_at_once(served.server, reference.plain) == reference.answers
-    assert policy in ("adaptive", "off") or served.accepted_length(before) > 1.2
+    assert policy in ("adaptive", "off") or served.a_round("output_tokens", before) > 1.2
+    assert policy != "truncating" or served.a_round("verified_tokens", before) < 4.9
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "plain"])
@@ -234,7 +235,7 @@ def test_sampled_text_follows_the_target(served: Served, policy: str, sampling: 
     served.use(policy)
     before = served.server.report()
     assert p_value(served, {"temperature": 1.0, **sampling}) > IMPOSSIBLE
-    assert 1.2 < served.accepted_length(before) < 4.0  # drafts are accepted, and others rejected
+    assert 1.2 < served.a_round("output_tokens", before) < 4.0  # drafts are accepted, and others rejected
 
 
 @pytest.mark.parametrize("how", [rule_breaker.ACCEPTS_ALL, rule_breaker.NO_RESIDUAL])
