@@ -211,16 +211,27 @@ def make_bigram_pair(target_path: Path, drafter_path: Path, arch: Literal["qwen3
     make_bigram_drafter(drafter_path, config)
 
 
-def make_bigram_drafter(drafter_path: Path, config: dict[str, Any], *, sharpness: float = 1.0) -> None:
+def make_bigram_drafter(
+    drafter_path: Path, config: dict[str, Any], *, sharpness: float = 1.0, embedding_VD: Tensor | None = None
+) -> None:
     """The drafter of `make_bigram_pair`, for any target (its config.json) that follows its last token so.
 
     Args:
         sharpness: its logits, as a share of what the target's head makes of a token's embedding.
+        embedding_VD: its own embedding, what it takes each token for; None for the target's.
     """
     d, size = config["hidden_size"], 16
     drafter = make_eagle3(
-        drafter_path, config, num_key_value_heads=3, attention_bias=True, qk_norm=False, norm_before_residual=True
+        drafter_path,
+        config,
+        num_key_value_heads=3,
+        attention_bias=True,
+        qk_norm=False,
+        norm_before_residual=True,
+        own_embedding=embedding_VD is not None,
     )
+    if embedding_VD is not None:
+        drafter["embed_tokens.weight"] = embedding_VD
     attention = {name: drafter[f"layers.0.self_attn.{name}_proj.weight"].zero_() for name in "qkvo"}
     attention["v"][:, :d] = torch.eye(d)
     for head in range(3):  # of the two query heads of each key-value head the first

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
+from tests.eagle3_models import make_bigram_drafter
 from tests.tiny_models import VOCAB_SIZE, make_tiny_drafter, make_tiny_target
 
 MASK = 3
@@ -100,3 +101,12 @@ def make_oracle_dflash(path: Path, oracle: Oracle, *, gamma: int = 4, sharpness:
         weight *= 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
     weights["norm.weight"].fill_(sharpness)
     save_file(weights, path / "model.safetensors")
+
+
+def make_oracle_eagle3(path: Path, oracle: Oracle, known: torch.Tensor) -> None:
+    """Write an Eagle3 drafter that knows the successors of `known` tokens and takes every other for eight at once."""
+    generator = torch.Generator().manual_seed(3)
+    picked_V8 = known[torch.randint(len(known), (VOCAB_SIZE, 8), generator=generator)]
+    embedding_VD = oracle.embedding_VD[picked_V8].sum(dim=1) / 8**0.5
+    embedding_VD[known] = oracle.embedding_VD[known]
+    make_bigram_drafter(path, oracle.config, embedding_VD=embedding_VD)

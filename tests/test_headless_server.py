@@ -21,7 +21,13 @@ from dspark_serving.recording.labels import labels_of
 from dspark_serving.recording.rounds import NEVER
 from dspark_serving.scheduler.adaptive import AdaptivePolicy
 from dspark_serving.scheduler.calibration_fit import fit_temperatures
-from tests.oracle_drafters import known_tokens, make_oracle_drafter, make_oracle_target
+from tests.oracle_drafters import (
+    known_tokens,
+    make_oracle_dflash,
+    make_oracle_drafter,
+    make_oracle_eagle3,
+    make_oracle_target,
+)
 from tests.scheduler_worlds import LinearCosts
 from tests.server import Server, serve
 
@@ -75,8 +81,10 @@ def generate(server: Server, concurrency: int) -> list[list[int]]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("models")
     oracle = make_oracle_target(root / "target")
-    make_oracle_drafter(root / "drafter", oracle, known_tokens(oracle, 0.6), gamma=GAMMA)
-    return root / "target", root / "drafter"
+    make_oracle_drafter(root / "dspark", oracle, known_tokens(oracle, 0.6), gamma=GAMMA)
+    make_oracle_dflash(root / "dflash", oracle, gamma=GAMMA)
+    make_oracle_eagle3(root / "eagle3", oracle, known_tokens(oracle, 0.6))
+    return root / "target", root / "dspark"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,26 @@ def test_a_threshold_verifies_far_fewer_tokens_at_the_same_accepted_length(headl
     assert full.accepted_length > 1.8, "the control: the drafter is of use"
     assert threshold.accepted_length > 0.97 * full.accepted_length
     assert threshold.verified < 0.6 * full.verified
+
+
+@pytest.mark.parametrize("family", ["dflash", "eagle3"])
+def test_the_other_families_do_so_too(
+    models: tuple[Path, Path],
+    plain_texts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    chosen = ("--speculative-algorithm", family, "--speculative-draft-model-path", str(models[0].parent / family))
+    with serve(models[0], *chosen, log=tmp_path / "server.log") as server:
+        headless = Headless(server, tmp_path)
+        full, threshold = headless.answer("full"), headless.answer("threshold")
+    assert full.texts == threshold.texts == plain_texts
+    assert full.verified == full.rounds * (GAMMA + 1)
+    assert full.accepted_length > 1.5, "the control: the drafter is of use"
+    assert threshold.accepted_length > 0.97 * full.accepted_length
+    assert threshold.verified < 0.7 * full.verified
 
 
 def test_the_adaptive_policy_does_so_where_tokens_cost(headless: Headless) -> None:
