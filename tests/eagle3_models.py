@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -81,12 +81,19 @@ def make_eagle3(
     return weights
 
 
+class Block(NamedTuple):
+    """A greedily drafted block."""
+
+    tokens: list[int]
+    probabilities: list[float]  # the drafter's, of each token
+
+
 class Drafter(NamedTuple):
     """A drafter's files beside its target, as plain tensors."""
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
-    embedding_VD: Tensor
+    embedding_VD: Tensor  # scaled as the config says
     head_VD: Tensor
     allowed: Tensor | None  # ids of the head's rows
 
@@ -104,35 +111,53 @@ class Drafter(NamedTuple):
         head = weights["lm_head.weight"] if own_head else target.get_output_embeddings().weight
         if allowed is not None and not own_head:
             head = head[allowed]
-        return Drafter(config, weights, embedding, head, allowed)
+        return Drafter(config, weights, embedding * config.get("embed_scale", 1.0), head, allowed)
 
-    def draft(self, ids: list[int], features_TM: Tensor) -> list[int]:
+    def draft(self, ids: list[int], features_TM: Tensor) -> Block:
         """Greedy block behind the anchor, the last of `ids`; features of every token before it."""
         hidden_TD = linear(features_TM, self.weights["fc.weight"])
         tokens = ids[1:]  # row i has token i + 1
-        drafted: list[int] = []
+        drafted = Block([], [])
         for _ in range(self.config["block_size"]):
             output_D = self._layer(hidden_TD, self.embedding_VD[tokens])[-1]
-            best = int((self.head_VD @ self._norm(output_D, "norm")).argmax())
-            drafted.append(best if self.allowed is None else int(self.allowed[best]))
-            hidden_TD, tokens = torch.cat([hidden_TD, output_D[None]]), [*tokens, drafted[-1]]
+            probability, best = self._logits(output_D).softmax(-1).max(-1)
+            drafted.tokens.append(int(best if self.allowed is None else self.allowed[best]))
+            drafted.probabilities.append(float(probability))
+            hidden_TD, tokens = torch.cat([hidden_TD, output_D[None]]), [*tokens, drafted.tokens[-1]]
         return drafted
+
+    def _logits(self, output_D: Tensor) -> Tensor:
+        logits_V = self.head_VD @ self._norm(output_D, "norm")
+        cap = self.config.get("final_logit_softcapping")
+        return logits_V if cap is None else cap * torch.tanh(logits_V / cap)
 
     def _layer(self, hidden_TD: Tensor, embeds_TD: Tensor) -> Tensor:
         normed_TD = self._norm(hidden_TD, "layers.0.hidden_norm")
         residual_TD = normed_TD if self.config["norm_before_residual"] else hidden_TD
         inputs = torch.cat([self._norm(embeds_TD, "layers.0.input_layernorm"), normed_TD], dim=-1)
-        residual_TD = residual_TD + self._attention(inputs)
-        inner = self._norm(residual_TD, "layers.0.post_attention_layernorm")
-        gate, up = (self._linear(inner, f"mlp.{name}_proj") for name in ("gate", "up"))
-        return residual_TD + self._linear(silu(gate) * up, "mlp.down_proj")
+        attended_TD = self._attention(inputs)
+        if self.config["layer_kind"] == "gemma4":
+            residual_TD = residual_TD + self._norm(attended_TD, "layers.0.post_attention_layernorm")
+            fed_TD = self._mlp(self._norm(residual_TD, "layers.0.pre_feedforward_layernorm"))
+            residual_TD = residual_TD + self._norm(fed_TD, "layers.0.post_feedforward_layernorm")
+            return residual_TD * self.weights["layers.0.layer_scalar"]
+        residual_TD = residual_TD + attended_TD
+        return residual_TD + self._mlp(self._norm(residual_TD, "layers.0.post_attention_layernorm"))
+
+    def _mlp(self, inner_TD: Tensor) -> Tensor:
+        gate, up = (self._linear(inner_TD, f"mlp.{name}_proj") for name in ("gate", "up"))
+        gate = gelu(gate, approximate="tanh") if self.config["hidden_act"] == "gelu_pytorch_tanh" else silu(gate)
+        return self._linear(gate * up, "mlp.down_proj")
 
     def _attention(self, inputs: Tensor) -> Tensor:
         heads, kv_heads, size = (
             self.config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
         )
-        rows = len(inputs)
-        q, k, v = (self._linear(inputs, f"self_attn.{name}_proj").view(rows, -1, size) for name in "qkv")
+        rows, gemma = len(inputs), self.config["layer_kind"] == "gemma4"
+        sources = "qkk" if self.config.get("attention_k_eq_v") else "qkv"
+        q, k, v = (self._linear(inputs, f"self_attn.{name}_proj").view(rows, -1, size) for name in sources)
+        if gemma:
+            v = self._norm(v, None)
         if self.config["qk_norm"]:
             q, k = (self._norm(x, f"layers.0.self_attn.{name}_norm") for x, name in ((q, "q"), (k, "k")))
         names = ("hidden_size", "head_dim", "num_attention_heads", "max_position_embeddings", "rope_parameters")
@@ -141,21 +166,23 @@ class Drafter(NamedTuple):
         q, k = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2))
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v.transpose(0, 1)))
         hides = torch.ones(rows, rows).triu(1).bool()
-        scores = (q @ k.transpose(1, 2) / math.sqrt(size)).masked_fill(hides, -math.inf)
+        scale = 1.0 if gemma else 1.0 / math.sqrt(size)
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(hides, -math.inf)
         return self._linear((scores.softmax(-1) @ v).transpose(0, 1).reshape(rows, -1), "self_attn.o_proj")
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self.weights[f"layers.0.{name}.weight"], self.weights.get(f"layers.0.{name}.bias"))
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return x * scale * self.weights[f"{name}.weight"]
+    def _norm(self, x: Tensor, name: str | None) -> Tensor:
+        normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return normal if name is None else normal * self.weights[f"{name}.weight"]
 
 
 class Decoded(NamedTuple):
     tokens: list[int]  # everything after the prompt
     drafts: list[list[int]]  # one block a round that drafts
     accepted: list[int]  # accepted drafts of those rounds, without the bonus token
+    probabilities: list[list[float]]  # the drafter's, of each draft
 
 
 def always(context: int) -> bool:
@@ -179,18 +206,19 @@ def speculative_decode(
         return out.logits[0].argmax(-1).tolist(), features[0]
 
     ids = [*prompt, run(prompt)[0][-1]]  # prefill draws the first anchor
-    drafts, accepted = [], []
+    drafts, accepted, probabilities = [], [], []
     while len(ids) - len(prompt) < max_new_tokens:
         best, features = run(ids)
         if not drafts_at(len(ids) - 1):
             ids.append(best[-1])
             continue
-        draft = drafter.draft(ids, features[:-1])
+        draft, probability = drafter.draft(ids, features[:-1])
         best = run(ids + draft)[0][len(ids) - 1 :]
         drafts.append(draft)
+        probabilities.append(probability)
         accepted.append(next((k for k, token in enumerate(draft) if token != best[k]), len(draft)))
         ids += [*draft[: accepted[-1]], best[accepted[-1]]]
-    return Decoded(ids[len(prompt) :][:max_new_tokens], drafts, accepted)
+    return Decoded(ids[len(prompt) :][:max_new_tokens], drafts, accepted, probabilities)
 
 
 def make_bigram_pair(target_path: Path, drafter_path: Path, arch: Literal["qwen3", "llama"], *, seed: int = 4) -> None:

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_serving.drafters import check_fit, make_view, read_spec
+from dspark_serving.recording import read_recording
 from tests import draft_spy
 from tests.eagle3_models import LLAMA3_ROPE, Decoded, Drafter, always, make_bigram_pair, make_eagle3, speculative_decode
 from tests.published_formats import write_published
 from tests.server import Server, serve
-from tests.tiny_models import make_tiny_target
+from tests.tiny_models import Arch, make_tiny_target
 
 pytestmark = pytest.mark.real_server
 
@@ -41,6 +42,14 @@ class Spied(NamedTuple):
         answer = self.server.generate(prompt, **sampling)
         return answer, draft_spy.drafts_by_request(self.directory).get(answer["meta_info"]["id"], [])
 
+    def confidences(self, rounds: int) -> list[list[float]]:
+        """Of the blocks of the last rounds that drafted, which were of one request each."""
+        url = f"{self.server.base_url}/dspark/recording"
+        httpx.post(url, timeout=60.0, trust_env=False).raise_for_status()
+        newest = max((self.directory / "recordings").glob("*.npz"), key=lambda path: path.stat().st_mtime)
+        found = [kept.outcome.confidence_RG for kept in read_recording(newest).rounds]
+        return [confidence_RG[0].tolist() for confidence_RG in found if confidence_RG is not None][-rounds:]
+
 
 @contextmanager
 def spied_server(
@@ -53,6 +62,7 @@ def spied_server(
             for name, value in {**draft_spy.environment(root, sparse=sparse), **(environment or {})}.items():
                 patch.setenv(name, value)
             chosen = ["--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", str(drafter)]
+            chosen += ["--dspark-recording", str(root / "recordings")]
             if sparse:  # its policy is in force before the profile, which asks for other ones
                 chosen += ["--dspark-profile-seconds", "0"]
             server = running.enter_context(serve(target, *OPTIONS, *chosen, log=root / "server.log"))
@@ -210,13 +220,19 @@ def top_k(target: PreTrainedModel, ids: list[int], count: int) -> list[tuple[int
     return list(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
 
 
-VARIANTS = ("deepspec-eagle3", "llama-eagle3-own-embedding", "speculators-eagle3", "shared-head")
+VARIANTS: dict[str, Arch] = {
+    "deepspec-eagle3": "qwen3",
+    "deepspec-gemma4-eagle3": "gemma4",
+    "llama-eagle3-own-embedding": "llama",
+    "speculators-eagle3": "llama",
+    "shared-head": "llama",
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_published_drafters_draft_as_defined(name: str, tmp_path: Path) -> None:
     """Random weights: hardly a draft is accepted, but every row of the context counts."""
-    target_config = make_tiny_target(tmp_path / "target", "qwen3" if name == "deepspec-eagle3" else "llama")
+    target_config = make_tiny_target(tmp_path / "target", VARIANTS[name])
     if name == "shared-head":  # not published so: the target's head for some of its tokens, and rotation as in Llama 3
         vocabulary = list(range(20, 480))
         make_eagle3(tmp_path / "drafter", target_config, draft_vocab=vocabulary, rope_parameters=LLAMA3_ROPE)
@@ -232,6 +248,9 @@ def test_published_drafters_draft_as_defined(name: str, tmp_path: Path) -> None:
             assert answer["output_ids"] == expected.tokens
             assert drafts == expected.drafts
             assert drafts != speculative_decode(without_features(drafter), target, prompt, 12).drafts
+            # A greedy draft is as certain as it is probable; so logits are seen, and not only their order.
+            confidences = torch.tensor(spied.confidences(len(drafts)))
+            torch.testing.assert_close(confidences, torch.tensor(expected.probabilities), rtol=1e-3, atol=1e-6)
         sampled = spied.server.generate(PROMPTS[1], temperature=1.0, top_p=0.9, max_new_tokens=12, ignore_eos=True)
         assert len(sampled["output_ids"]) == 12
         config = json.loads((view / "config.json").read_text())

@@ -16,8 +16,8 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.models.dspark import BaseDSparkMarkovHead, DSparkDraftModel
 from torch import Tensor, nn
 
-from dspark_serving.drafters import canonical_names
 from dspark_serving.sglang_adapter.models.block_layers import LAYER_KINDS
+from dspark_serving.sglang_adapter.models.shared import canonical_weights, scaled_as_trained
 
 ARCHITECTURE = "DsparkServingBlockDrafter"
 
@@ -38,18 +38,6 @@ class NoMarkov(BaseDSparkMarkovHead):
 
     def step_logits_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
         return base_dtype
-
-
-class ScaledEmbedding(nn.Module):
-    """An embedding whose rows are multiplied by `factor`: the drafter was trained on others than the target's."""
-
-    def __init__(self, embedding: nn.Module, factor: float) -> None:
-        super().__init__()
-        self._embedding, self._factor = embedding, factor
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        rows: Tensor = self._embedding(input_ids)
-        return rows * self._factor
 
 
 class DsparkServingBlockDrafter(DSparkDraftModel):
@@ -80,9 +68,8 @@ class DsparkServingBlockDrafter(DSparkDraftModel):
     def attach_shared_modules(self, *, embed_tokens: nn.Module, lm_head: nn.Module) -> None:
         """Take the target's embedding and head, where the drafter brings none of its own."""
         embedding = self.embed_tokens if "embed_tokens" in self._own else embed_tokens
-        factor = getattr(self.config, "embed_scale", 1.0) / getattr(embedding, "embed_scale", 1.0)
         super().attach_shared_modules(
-            embed_tokens=embedding if factor == 1.0 else ScaledEmbedding(embedding, factor),
+            embed_tokens=scaled_as_trained(embedding, self.config),
             lm_head=self.lm_head if "lm_head" in self._own else lm_head,
         )
 
@@ -113,22 +100,17 @@ class DsparkServingBlockDrafter(DSparkDraftModel):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load a checkpoint of the format that config.json names; `check_weights` has seen that it is complete."""
-        super().load_weights(self._canonical(weights))
+        super().load_weights(self._not_own(canonical_weights(weights, self.config)))
 
-    def _canonical(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        rename = canonical_names(self.config.dspark_format)
-        for published, tensor in weights:
-            name = rename(published)
-            if name is None:
-                continue
+    def _not_own(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """All but the weights of its own embedding and head, which are loaded here."""
+        for name, tensor in weights:
             module, _, leaf = name.rpartition(".")
             if module in self._own:
                 parameter = getattr(getattr(self, module), leaf)
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-                continue
-            yield name, tensor
-            if ".k_proj." in name and getattr(self.config, "attention_k_eq_v", False):
-                yield name.replace(".k_proj.", ".v_proj."), tensor
+            else:
+                yield name, tensor
 
     def _build_fused_kv_write_bundle(self, pool: Any) -> Any:
         """Fused writing of context keys and values knows Qwen3's layers only; None takes them layer by layer."""

@@ -25,12 +25,16 @@ class PlainAttention(DFlashAttention):
         self.use_table_qk_norm_rope = False
 
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: Any) -> Tensor:
-        """Attention output [T, D] of the block's rows; the context is in the cache."""
+        """Attention output [T, D] of the forward's rows; the context is in the cache."""
+        out, _ = self.o_proj(self.attn(*self.forward_prepare_native(positions, hidden_states), forward_batch))
+        return out
+
+    def forward_prepare_native(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, normed and rotated; the name is that of SGLang's Llama."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, self.normalize_query(q), self.apply_k_norm(k))
-        out, _ = self.o_proj(self.attn(q, k, self.normalize_value(v), forward_batch))
-        return out
+        return q, k, self.normalize_value(v)
 
     def kv_proj_only(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of context rows, before the keys' norm and rotation."""
@@ -87,14 +91,16 @@ class LlamaLayer(DFlashDecoderLayer):
     attention_cls = PlainAttention
 
 
-class Gemma4Layer(nn.Module):
+class Gemma4Parts(nn.Module):
     """Norms around attention and MLP, and a factor on the whole stream."""
+
+    attention_cls = Gemma4Attention
 
     def __init__(
         self, *, config: Any, layer_id: int, quant_config: Any = None, prefix: str = "", **convolutions: None
     ) -> None:
         super().__init__()
-        self.self_attn = Gemma4Attention(config=config, layer_id=layer_id, quant_config=quant_config, prefix=prefix)
+        self.self_attn = self.attention_cls(config=config, layer_id=layer_id, quant_config=quant_config, prefix=prefix)
         self.mlp = Gemma3MLP(config.hidden_size, config.intermediate_size, config.hidden_act, quant_config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -102,15 +108,22 @@ class Gemma4Layer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layer_scalar = nn.Parameter(torch.ones(1), requires_grad=False)
 
+    def after_attention(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """The stream [T, D] after this layer, by the output of its attention and the stream before."""
+        stream = residual + self.post_attention_layernorm(attended)
+        stream = stream + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(stream)))
+        return stream * self.layer_scalar
+
+
+class Gemma4Layer(Gemma4Parts):
+    """A layer of a block drafter."""
+
     def forward(self, positions: Tensor, hidden_states: Tensor, forward_batch: Any, residual: None) -> Any:
         """The stream [T, D] after this layer, and no separate residual."""
         if hidden_states.numel() == 0:
             return hidden_states, None
         attended = self.self_attn(positions, self.input_layernorm(hidden_states), forward_batch)
-        hidden_states = hidden_states + self.post_attention_layernorm(attended)
-        fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        hidden_states = hidden_states + self.post_feedforward_layernorm(fed)
-        return hidden_states * self.layer_scalar, None
+        return self.after_attention(attended, hidden_states), None
 
 
 LAYER_KINDS: dict[str, type[nn.Module]] = {"qwen3": DFlashDecoderLayer, "llama": LlamaLayer, "gemma4": Gemma4Layer}
