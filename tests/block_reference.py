@@ -58,12 +58,26 @@ class BlockReference:
         context_TD = self._norm(features_TM.float() @ self.weights["fc.weight"].T, "hidden_norm.weight")
         stream_KD = self._embedding_VD[ids]
         for index in range(self.config["num_hidden_layers"]):
-            stream_KD = self._layer(f"layers.{index}", stream_KD, context_TD)
+            seen_KL = self._seen(index, len(context_TD), len(ids))
+            stream_KD = self._layer(f"layers.{index}", stream_KD, context_TD, seen_KL)
         return self._chain(self._norm(stream_KD, "norm.weight")[skip:], anchor_id)
 
-    def _layer(self, name: str, stream_KD: Tensor, context_TD: Tensor) -> Tensor:
+    def _seen(self, layer: int, context: int, rows: int) -> Tensor:
+        """Which positions (context, then block) each row of the block sees: [K, T + K]."""
+        windowed = self.config.get("layer_types", ["full_attention"] * (layer + 1))[layer] == "sliding_attention"
+        seen_KL = torch.ones(rows, context + rows, dtype=torch.bool)
+        for row in range(rows):
+            for position in range(context + rows):
+                behind = context + row - position
+                if windowed and behind >= self.config["sliding_window"]:
+                    seen_KL[row, position] = False
+                if behind < 0 and self.config.get("is_causal", windowed):
+                    seen_KL[row, position] = False
+        return seen_KL
+
+    def _layer(self, name: str, stream_KD: Tensor, context_TD: Tensor, seen_KL: Tensor) -> Tensor:
         rows_KD = self._norm(stream_KD, f"{name}.input_layernorm.weight")
-        attended = self._attention(f"{name}.self_attn", rows_KD, context_TD)
+        attended = self._attention(f"{name}.self_attn", rows_KD, context_TD, seen_KL)
         if self.config["layer_kind"] == "gemma4":
             stream_KD = stream_KD + self._norm(attended, f"{name}.post_attention_layernorm.weight")
             fed = self._mlp(f"{name}.mlp", self._norm(stream_KD, f"{name}.pre_feedforward_layernorm.weight"))
@@ -72,7 +86,7 @@ class BlockReference:
         stream_KD = stream_KD + attended
         return stream_KD + self._mlp(f"{name}.mlp", self._norm(stream_KD, f"{name}.post_attention_layernorm.weight"))
 
-    def _attention(self, name: str, rows_KD: Tensor, context_TD: Tensor) -> Tensor:
+    def _attention(self, name: str, rows_KD: Tensor, context_TD: Tensor, seen_KL: Tensor) -> Tensor:
         kind, width = self.config["layer_kind"], self.config["head_dim"]
         everything = torch.cat([context_TD, rows_KD])
         q = self._heads(f"{name}.q_proj", rows_KD)
@@ -88,7 +102,7 @@ class BlockReference:
         out = []
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // group].T * scale
-            out.append(scores.softmax(-1) @ v[:, head // group])
+            out.append(scores.masked_fill(~seen_KL, -math.inf).softmax(-1) @ v[:, head // group])
         return self._linear(f"{name}.o_proj", torch.cat(out, dim=-1))
 
     def _heads(self, name: str, rows: Tensor) -> Tensor:

@@ -28,12 +28,14 @@ from tests.published_parts import (
     gemma4_layer_shapes,
     head_shapes,
     layer_shapes,
+    windowed,
 )
 from tests.published_tables import (
     llama_eagle3,
     speculators_dflash,
     speculators_dspark,
     speculators_dspark_after_anchor,
+    speculators_dspark_windowed,
     speculators_eagle3,
 )
 
@@ -179,6 +181,12 @@ def zlab_dflash(target: Config, ids: list[int]) -> Written:
     return config, block_shapes(target, ids), {}
 
 
+def zlab_dflash_windowed(target: Config, ids: list[int]) -> Written:
+    """As those for Qwen3.5 and later: windows in the first layers, whose rows see only those before them."""
+    config, shapes, _ = zlab_dflash(target, ids)
+    return windowed(config), shapes, {}
+
+
 def _dspark_config(ids: list[int]) -> Config:
     return {
         "confidence_head_alpha": 1.0,
@@ -199,6 +207,12 @@ def specforge_dspark(target: Config, ids: list[int]) -> Written:
         "dflash_config": {"attention_mode": "gqa", **_dspark_config(ids)},
     }
     return config, block_shapes(target, ids) | head_shapes(target), {}
+
+
+def specforge_dspark_windowed(target: Config, ids: list[int]) -> Written:
+    """A window in the first layer, and rows that see only those before them in every layer."""
+    config, shapes, _ = specforge_dspark(target, ids)
+    return windowed(config, is_causal=True), shapes, {}
 
 
 def specforge_dspark_as_dflash(target: Config, ids: list[int]) -> Written:
@@ -226,11 +240,14 @@ PUBLISHED: dict[str, Callable[[Config, list[int]], Written]] = {
     "deepspec-dflash": deepspec_dflash,
     "deepspec-eagle3": deepspec_eagle3,
     "z-lab-dflash": zlab_dflash,
+    "z-lab-dflash-windowed": zlab_dflash_windowed,
     "specforge-dspark": specforge_dspark,
+    "specforge-dspark-windowed": specforge_dspark_windowed,
     "specforge-dspark-as-dflash": specforge_dspark_as_dflash,
     "specforge-dflash": specforge_dflash,
     "speculators-dspark": speculators_dspark,
     "speculators-dspark-after-anchor": speculators_dspark_after_anchor,
+    "speculators-dspark-windowed": speculators_dspark_windowed,
     "speculators-dflash": speculators_dflash,
     "speculators-eagle3": speculators_eagle3,
     "speculators-eagle3-qwen3": lambda target, ids: speculators_eagle3(target, ids, qwen3=True),

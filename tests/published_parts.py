@@ -16,6 +16,7 @@ GAMMA = 4
 LAYERS = 2
 MASK = 3
 RANK = 8
+WINDOW = 9
 # What the reduced vocabularies leave out: the first ids and a part of the words.
 DRAFT_VOCAB = tuple(range(7, 407))
 
@@ -31,6 +32,12 @@ def gemma4_fields(target: Config) -> Config:
         "enable_moe_block": False,
         "hidden_size_per_layer_input": 0,
     }
+
+
+def windowed(config: Config, **fields: Any) -> Config:
+    """A Qwen3-like config whose first layer attends in a window, as transformers writes it."""
+    kinds = ["sliding_attention"] + ["full_attention"] * (LAYERS - 1)
+    return config | {"layer_types": kinds, "sliding_window": WINDOW, "use_sliding_window": True} | fields
 
 
 def layer_shapes(target: Config, prefix: str, *, wide: bool = False, qk_norm: bool = True) -> Shapes:

@@ -18,6 +18,7 @@ from tests.published_parts import (
     layer_shapes,
     own_head,
     vocabulary_tables,
+    windowed,
 )
 
 
@@ -86,6 +87,13 @@ def speculators_dspark_after_anchor(target: Config, ids: list[int]) -> Written:
     config |= {"block_size": GAMMA + 1, "draft_vocab_size": target["vocab_size"]}
     del shapes["lm_head.weight"]
     return config, shapes | head_shapes(target), {}
+
+
+def speculators_dspark_windowed(target: Config, ids: list[int]) -> Written:
+    """A window in the first layer, whose rows see each other in both directions."""
+    config, shapes, tables = speculators_dspark_after_anchor(target, ids)
+    layer = windowed(config["transformer_layer_config"])
+    return config | {"transformer_layer_config": layer, "sliding_window_non_causal": True}, shapes, tables
 
 
 def speculators_dflash(target: Config, ids: list[int]) -> Written:

@@ -5,6 +5,7 @@ One tiny random target and drafter in fp32 for each server; the policy is switch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ class Case(NamedTuple):
 
 CASES = {
     "z-lab": Case("dflash", "qwen3", "z-lab-dflash"),
+    "z-lab-windowed": Case("dflash", "qwen3", "z-lab-dflash-windowed"),
     "dflash-anchor-llama-layers": Case("DFlash", "llama", DFLASH | {"layer_kind": "llama", "attention_bias": True}),
     "deepspec-gated": Case("dspark", "qwen2", "deepspec-dspark-gated"),
     "rnn-llama-layers": Case(
@@ -57,8 +59,8 @@ CASES = {
             "draft_token_ids": list(range(7, 407, 5)),
         },
     ),
-    "speculators": Case("dspark", "llama", "speculators-dspark-after-anchor"),
-    "specforge": Case("dspark", "qwen3", "specforge-dspark"),
+    "speculators-windowed": Case("dspark", "llama", "speculators-dspark-windowed"),
+    "specforge-windowed-causal": Case("dspark", "qwen3", "specforge-dspark-windowed"),
 }
 
 
@@ -164,6 +166,20 @@ def test_the_reference_depends_on_the_context(served: Served) -> None:
     """Negative control: a drafter that does not see the target's features drafts something else."""
     features = served.features(PROMPTS[1])
     assert served.reference.draft(features, 9).tokens != served.reference.draft(torch.zeros_like(features), 9).tokens
+
+
+@pytest.mark.parametrize("ignored", ["window", "direction"])
+def test_the_reference_depends_on_what_rows_see(served: Served, ignored: str) -> None:
+    """Negative control: rows that see beyond the window, or in the other direction, draft something else."""
+    reference = copy.copy(served.reference)
+    if "sliding_attention" not in reference.config["layer_types"]:
+        pytest.skip("no windowed layer")
+    changed = (
+        {"sliding_window": 2048} if ignored == "window" else {"is_causal": not reference.config.get("is_causal", True)}
+    )
+    reference.config = reference.config | changed
+    features = served.features(PROMPTS[1])
+    assert served.reference.draft(features, 9).tokens != reference.draft(features, 9).tokens
 
 
 def test_sampling_finishes(served: Served) -> None:

@@ -68,7 +68,11 @@ def slots_for(kv_lens: list[int]) -> torch.Tensor:
     [([1], [7]), ([1, 1, 1], [5, 31, 1]), ([4, 4], [4, 40]), ([1, 5, 3], [20, 5, 64])],
     ids=["decode one", "decode", "uniform", "ragged"],
 )
-@pytest.mark.parametrize(("causal", "window"), [(True, -1), (False, -1), (True, 3)], ids=["causal", "block", "sliding"])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [(True, -1), (False, -1), (True, 3), (False, 5)],
+    ids=["causal", "block", "sliding", "sliding block"],
+)
 def test_attention_equals_a_dense_reference(
     cache: tuple[torch.Tensor, torch.Tensor], q_lens: list[int], kv_lens: list[int], causal: bool, window: int
 ) -> None:

@@ -25,6 +25,7 @@ _ABSENT = {
     "mask_token_id": "none: drafts token by token",
     "final_logit_softcapping": "none",
     "sliding_window": "none",
+    "is_causal": "in windowed layers only",
 }
 
 

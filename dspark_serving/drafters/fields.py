@@ -107,7 +107,6 @@ def layer_fields(fields: Fields, *, chain: bool) -> dict[str, Any]:
     heads = fields.integer("num_attention_heads", low=1)
     hidden_size = fields.integer("hidden_size", low=1)
     layers = fields.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
-    layer_types, window = (("full_attention",) * layers, None) if chain else _attention_kinds(fields, layers)
     if fields.flag("mlp_bias", False):
         raise fields.error("mlp_bias is true", "MLPs without bias")
     return {
@@ -122,8 +121,7 @@ def layer_fields(fields: Fields, *, chain: bool) -> dict[str, Any]:
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope": rope_settings(fields),
         "max_position_embeddings": fields.integer("max_position_embeddings", low=1, default=32768),
-        "layer_types": layer_types,
-        "sliding_window": window,
+        **_attention_fields(Fields(fields.path, {}) if chain else fields, layers),
         "dtype": fields.text("dtype", fields.text("torch_dtype", "bfloat16")),
         "vocab_size": fields.integer("vocab_size", low=1),
     }
@@ -157,10 +155,38 @@ def rope_settings(fields: Fields) -> dict[str, Any]:
     return settings
 
 
-def _attention_kinds(fields: Fields, layers: int) -> tuple[tuple[str, ...], int | None]:
-    kinds = fields.get("layer_types", ["full_attention"] * layers)
+def _attention_fields(fields: Fields, layers: int) -> dict[str, Any]:
+    """What the rows of a block see: each layer's type, the window, and the direction within the block.
+
+    Sources: z-lab/dflash, dflash/model.py; sglang 0.5.23, srt/models/dflash.py; vllm, vllm/model_executor/models/
+    qwen3_dflash.py for what only `dflash_config` has (`use_swa`, `swa_window_size`, `causal`); read 2026-11.
+    """
+    kinds, nested = _layer_types(fields, layers), fields.part("dflash_config")
+    says = [part.flag(name, False) for part, name in ((fields, "is_causal"), (nested, "causal")) if name in part]
+    is_causal, window = says[0] if says else None, None
+    everywhere = nested.flag("use_swa", False) and "sliding_attention" not in kinds
+    if everywhere:  # whatever layer_types says, and with rows that see each other
+        kinds, is_causal = ("sliding_attention",) * layers, bool(is_causal)
+    if "sliding_attention" in kinds:
+        if not everywhere and not fields.flag("use_sliding_window", False):
+            raise fields.error(
+                "layer_types names sliding_attention, use_sliding_window is not true",
+                "use_sliding_window true beside such layers; transformers drops the window otherwise",
+            )
+        window = fields.over("dflash_config").integer(
+            "swa_window_size" if "swa_window_size" in nested else "sliding_window", low=2
+        )
+    return {"layer_types": kinds, "sliding_window": window, "is_causal": is_causal}
+
+
+def _layer_types(fields: Fields, layers: int) -> tuple[str, ...]:
+    """layer_types; where it is absent as transformers fills it in, with windows from layer max_window_layers on."""
+    full = layers
+    if "max_window_layers" in fields and fields.flag("use_sliding_window", False):
+        full = min(fields.integer("max_window_layers", low=0), layers)
+    usual = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = fields.get("layer_types", usual)
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise fields.error(f"layer_types is {kinds!r}", f"full_attention or sliding_attention for {layers} layers")
-    window = fields.integer("sliding_window", low=1) if "sliding_attention" in kinds else None
-    return tuple(kinds), window
+    return tuple(kinds)

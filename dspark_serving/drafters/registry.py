@@ -82,8 +82,18 @@ def _check_consistency(spec: DrafterSpec, fields: Fields) -> None:
             "the same, for a drafter that shares the target's embedding or output head",
         )
     if spec.sliding_window is not None:
-        raise fields.error("its layers attend in a sliding window (layer_types)", "layers with full attention")
+        _check_window(spec, spec.sliding_window, fields)
     check_layer_ids(spec)
+
+
+def _check_window(spec: DrafterSpec, window: int, fields: Fields) -> None:
+    if spec.layer_kind == "gemma4":
+        raise fields.error("its layers attend in a sliding window (layer_types)", "full attention in Gemma 4's layers")
+    if window < spec.block_rows:
+        raise fields.error(
+            f"the sliding window of its layers is {window}, less than the {spec.block_rows} rows of its block",
+            f"at least {spec.block_rows}: implementations differ in what such a window hides of the block",
+        )
 
 
 def check_layer_ids(spec: DrafterSpec) -> None:

@@ -48,6 +48,9 @@ class DrafterSpec:
     layer_types: tuple[str, ...]
     """Attention of each layer: full_attention or sliding_attention."""
     sliding_window: int | None
+    """Positions that a row of a sliding_attention layer sees to its left, its own included."""
+    is_causal: bool | None
+    """Whether the rows of a block see only the rows before them; None: in sliding_attention layers only."""
     dtype: str
     vocab_size: int
     """Of the target's tokenizer."""
@@ -86,6 +89,11 @@ class DrafterSpec:
     def num_features(self) -> int:
         """Target layers whose outputs are concatenated for `fc`."""
         return len(self.target_layer_ids) or DEFAULT_FEATURES
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: the anchor, and masks."""
+        return self.gamma if self.anchor_predicts else self.gamma + 1
 
     @property
     def head_rows(self) -> int:

@@ -68,7 +68,9 @@ def canonical_config(spec: DrafterSpec) -> dict[str, Any]:
         "target_layer_ids": list(spec.target_layer_ids) or None,
         "mask_token_id": spec.mask_token_id,
         "draft_vocab_size": None if spec.draft_token_ids is None else len(spec.draft_token_ids),
+        "use_sliding_window": spec.sliding_window is not None or None,  # transformers drops the window without it
         "sliding_window": spec.sliding_window,
+        "is_causal": spec.is_causal,
         "final_logit_softcapping": spec.final_logit_softcapping,
         "eos_token_id": list(spec.special_token_ids) or None,
     }

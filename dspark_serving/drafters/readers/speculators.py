@@ -5,7 +5,9 @@ vllm/transformers_utils/configs/speculators/algos.py (layer ids); read 2026-11. 
 `transformer_layer_config`, without the fields that have their class's default. Layer id l means the input of decoder
 layer l, one more than here. The draft length stands in `speculators_config`; a block of B rows drafts B tokens or
 B - 1, by `sample_from_anchor` or, before that field existed, by the draft length. embed_tokens and a full-size
-lm_head are the target's; lm_head of a reduced vocabulary is the drafter's own, as is markov_w2.
+lm_head are the target's; lm_head of a reduced vocabulary is the drafter's own, as is markov_w2. Rows of windowed layers
+see those before them only, unless `sliding_window_non_causal`; training counts the window from the anchor, serving
+(vLLM's too) from each row.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "head_dim": 128,
         "max_position_embeddings": 32768,
+        "sliding_window": 4096,
     },
     "llama": {
         "vocab_size": 32000,
@@ -41,6 +44,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "max_position_embeddings": 2048,
+        "use_sliding_window": True,  # a Qwen3 config has this switch, a Llama config keeps any window
     },
 }
 
@@ -87,6 +91,7 @@ def _block(fields: Fields, dspark: bool) -> dict[str, Any]:
     predicts = dspark if drafted is None else drafted == fields.integer("block_size", low=1)
     return {
         "target_layer_ids": _layer_ids(fields, "aux_hidden_state_layer_ids"),
+        "is_causal": False if fields.flag("sliding_window_non_causal", False) else None,
         **block_fields(fields, anchor_predicts=predicts),
     }
 

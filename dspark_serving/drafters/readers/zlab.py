@@ -43,8 +43,8 @@ def backbone_fields(fields: Fields) -> dict[str, Any]:
     nested = fields.over("dflash_config")
     if nested.number("output_multiplier", 1.0) != 1.0:
         raise fields.error(f"output_multiplier is {nested.get('output_multiplier')}", "logits that are not scaled")
-    if fields.flag("is_causal", False):
-        raise fields.error("is_causal is true", "blocks whose rows attend to each other in both directions")
+    if nested.flag("attention_sink_bias", False) or nested.number("attention_value_scale", 1.0) != 1.0:
+        raise fields.error("attention_sink_bias or attention_value_scale", "attention without sinks, values unscaled")
     capped = nested.get("final_logit_softcapping")
     return {
         "num_target_layers": nested.integer("num_target_layers", low=1) if "num_target_layers" in nested else None,

@@ -77,14 +77,16 @@ def attention_bias(rows: Rows, *, causal: bool, window: int, dtype: torch.dtype)
 
     Args:
         causal: a row sees positions up to its own; otherwise the whole context, its block included.
-        window: how many positions before its own a row sees; -1 for all.
+        window: how many positions before its own a row sees, in either case; -1 for all.
     """
     requests, length = rows.slots_BL.shape
     width = int(rows.q_lens_B.max())
     if width == 1 and requests == 1 and window < 0 and rows.tree_mask_BQL is None:
         return None
     key_L = torch.arange(length)
-    row_position_BQ = (rows.kv_lens_B - rows.q_lens_B)[:, None] + torch.arange(width)
+    # A padded row sees what the request's last one does: no row is fully masked (a softmax of nothing is NaN).
+    row_BQ = torch.minimum(torch.arange(width), rows.q_lens_B[:, None] - 1)
+    row_position_BQ = (rows.kv_lens_B - rows.q_lens_B)[:, None] + row_BQ
     if rows.tree_mask_BQL is not None:
         seen_BQL = rows.tree_mask_BQL
     elif causal:
@@ -93,7 +95,6 @@ def attention_bias(rows: Rows, *, causal: bool, window: int, dtype: torch.dtype)
         seen_BQL = (key_L < rows.kv_lens_B[:, None])[:, None].expand(requests, width, length)
     if window >= 0:
         seen_BQL = seen_BQL & (key_L >= row_position_BQ[..., None] - window)
-    # Padded rows see what lies before them, so that no row is fully masked (a softmax of nothing is NaN).
     return torch.zeros(seen_BQL.shape, dtype=dtype).masked_fill_(~seen_BQL, -math.inf)
 
 
@@ -172,7 +173,7 @@ class BatchedTorchNativeBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         self._save(k, v, layer, forward_batch, save_kv_cache)
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
-        key = (causal, layer.sliding_window_size if causal else -1, q.dtype)
+        key = (causal, layer.sliding_window_size, q.dtype)
         if key not in self._bias_cache:
             self._bias_cache[key] = attention_bias(rows, causal=causal, window=key[1], dtype=q.dtype)
         return attend(
@@ -196,7 +197,7 @@ class BatchedTorchNativeBackend(TorchNativeAttnBackend):
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id).flatten(1)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id).flatten(1)
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
-        window = layer.sliding_window_size if causal else -1
+        window = layer.sliding_window_size
         out, start = [], 0
         new_lens, lens = forward_batch.extend_seq_lens.tolist(), forward_batch.seq_lens.tolist()
         for row, new, length in zip(forward_batch.req_pool_indices.tolist(), new_lens, lens, strict=True):
