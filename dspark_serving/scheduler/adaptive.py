@@ -132,7 +132,7 @@ class AdaptivePolicy:
         weight_R = self._floors.weights(batch, floor_R)
         return Prospect(
             requests,
-            self._expected_survivals(batch, sampled=floor_R is None and weight_R is None),
+            self._expected_survivals(batch, whole=floor_R is not None or weight_R is not None),
             weight_R,
             floor_R,
             self.realism(sampled=2 * sampled > requests),
@@ -142,11 +142,11 @@ class AdaptivePolicy:
             self._cost.tiers is not None,
         )
 
-    def _expected_survivals(self, batch: Batch, *, sampled: bool) -> np.ndarray:
-        """Earlier rounds of the requests, as many as make a fair sample, [S, H, G]; of all of them unless `sampled`."""
+    def _expected_survivals(self, batch: Batch, *, whole: bool) -> np.ndarray:
+        """Earlier rounds of the requests, as many as make a fair sample, [S, H, G]; of all of them if `whole`."""
         enough = -(-_ROWS // batch.requests)
         fewest = 1 if self._gate.looking else -(-enough // 4)
-        step = max(batch.requests // _ROWS, 1) if sampled else 1
+        step = 1 if whole else max(batch.requests // _ROWS, 1)
         return self._history.sample(batch, fewest, enough, self._prior.survival_G, step)
 
     # ---- with the drafts
