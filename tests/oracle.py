@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from dspark_training.model import DSparkDrafter
+from dspark_training.models.backbone import BlockDrafter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,17 +18,18 @@ class Decoded(NamedTuple):
 
 @torch.no_grad()
 def draft_block(
-    drafter: DSparkDrafter, target: PreTrainedModel, features_1TM: Tensor, anchor_id: int, allowed: Tensor | None = None
+    drafter: BlockDrafter, target: PreTrainedModel, features_1TM: Tensor, anchor_id: int, allowed: Tensor | None = None
 ) -> list[int]:
     """Greedy block behind the anchor, token by token; `features_1TM` covers exactly the tokens before the anchor."""
     anchors = torch.tensor([[features_1TM.shape[1]]])
-    embedding = target.get_input_embeddings().weight.float()
     padded = torch.cat([features_1TM, torch.zeros_like(features_1TM[:, :1])], dim=1)
-    hidden = drafter.hidden(padded, anchors, torch.tensor([[anchor_id]]), embedding)[0, 0]
+    hidden = drafter.hidden(padded, anchors, torch.tensor([[anchor_id]]), target.get_input_embeddings())[0, 0]
     head = target.get_output_embeddings().weight.float()
     tokens, previous = [], anchor_id
     for row in hidden:
-        logits = head @ row + drafter.markov_head.markov_w2.weight @ drafter.markov_head.markov_w1.weight[previous]
+        logits = head @ row
+        if drafter.markov_head is not None:
+            logits += drafter.markov_head.markov_w2.weight @ drafter.markov_head.markov_w1.weight[previous]
         if allowed is not None:
             outside = torch.ones_like(logits, dtype=torch.bool)
             outside[allowed] = False
@@ -40,7 +41,7 @@ def draft_block(
 
 @torch.no_grad()
 def speculative_decode(
-    drafter: DSparkDrafter,
+    drafter: BlockDrafter,
     target: PreTrainedModel,
     layer_ids: tuple[int, ...],
     prompt: list[int],

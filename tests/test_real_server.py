@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
-from dspark_training.bundle import load_bundle
+from dspark_training.bundle.export import load_bundle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dspark_serving.assets import ensure_smollm2, shipped_bundle

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dspark_training.losses import Weights, dspark_losses, position_weights
+from dspark_training.objectives.losses import Weights, dspark_losses, position_weights
 from torch import Tensor
 
 WEIGHTS = Weights(ce=0.1, l1=0.9, confidence=1.0)

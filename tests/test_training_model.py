@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dspark_training.bundle import export_bundle, load_bundle
+from dspark_training.bundle.export import export_bundle, load_bundle
 from dspark_training.config import DrafterShape
-from dspark_training.data import Sample
-from dspark_training.evaluate import walk, walk_drafter, walk_prompt_lookup
-from dspark_training.losses import Weights
-from dspark_training.model import DSparkDrafter
-from dspark_training.objective import DraftObjective
+from dspark_training.data.store import Sample
+from dspark_training.data.vocab import DraftVocab
+from dspark_training.evaluation.walk import walk, walk_drafter, walk_prompt_lookup
+from dspark_training.features.source import OnlineFeatures
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.objectives.block import BlockObjective
+from dspark_training.objectives.losses import Weights
 from dspark_training.target import Target
-from dspark_training.vocab import DraftVocab
 
 from dspark_serving.drafters import DrafterSpec, check_fit, check_weights
 from tests.oracle import speculative_decode
@@ -28,7 +29,7 @@ PROMPT = [40, 41, 42, 70, 71, 40, 41, 42, 90]
 class Tiny(NamedTuple):
     root: Path
     target: Target
-    drafter: DSparkDrafter
+    drafter: BlockDrafter
     spec: DrafterSpec
 
 
@@ -59,7 +60,7 @@ def test_a_block_sees_the_context_before_its_anchor_and_nothing_behind(tiny: Tin
     _, target, drafter, spec = tiny
     features = features_of(target, spec, PROMPT)
     anchors, ids = torch.tensor([[5]]), torch.tensor([[PROMPT[5]]])
-    embedding = target.embedding_weight_VD
+    embedding = target.embed
     base = drafter.hidden(features, anchors, ids, embedding)
     hidden_part, seen_part = features.clone(), features.clone()
     hidden_part[:, 5:] += 10.0
@@ -72,7 +73,7 @@ def test_confidence_of_a_position_does_not_see_its_own_token(tiny: Tiny) -> None
     _, target, drafter, spec = tiny
     features = features_of(target, spec, PROMPT)
     anchors = torch.tensor([[5]])
-    hidden = drafter.hidden(features, anchors, torch.tensor([[PROMPT[5]]]), target.embedding_weight_VD)
+    hidden = drafter.hidden(features, anchors, torch.tensor([[PROMPT[5]]]), target.embed)
     drafted = torch.tensor([[[PROMPT[5], 10, 11, 12]]])  # x_0 .. x_3; row k predicts x_{k+1}
     changed = drafted.clone()
     changed[..., 2] = 300  # x_2: only rows 2 and later may notice
@@ -91,11 +92,11 @@ def test_speculative_decoding_emits_the_targets_own_greedy_text(tiny: Tiny) -> N
 def test_the_walk_equals_the_real_loop(tiny: Tiny) -> None:
     _, target, drafter, spec = tiny
     vocab = DraftVocab(range(spec.vocab_size), spec.vocab_size)
-    objective = DraftObjective(drafter, target, vocab, Weights(0.1, 0.9, 1.0), 4.0)
+    objective = BlockObjective(drafter, target, vocab, Weights(0.1, 0.9, 1.0), 4.0)
     decoded = speculative_decode(drafter, target.model, spec.target_layer_ids, PROMPT, 40)
     answer = decoded.tokens
-    sample = Sample("x", "math", 0.0, PROMPT, answer)
-    got = walk_drafter(target, objective, spec.target_layer_ids, None, [sample])[0].accepted
+    sample = Sample("x", "math", 0.0, PROMPT + answer, [(len(PROMPT), len(PROMPT) + len(answer))])
+    got = walk_drafter(target, objective, OnlineFeatures(target, spec.target_layer_ids), [sample])[0].accepted
     inside = [n for n, end in zip(decoded.accepted, _ends(decoded.accepted), strict=True) if end < len(answer)]
     assert got[: len(inside)] == inside
 
@@ -116,10 +117,10 @@ def test_walk_counts_rounds() -> None:
 
 def test_prompt_lookup_copies_what_followed_the_longest_match() -> None:
     ids = [1, 2, 3, 9, 8, 1, 2, 3, 9, 8]
-    sample = Sample("x", "math", 0.0, ids[:5], ids[5:])
+    sample = Sample("x", "math", 0.0, ids, [(5, 10)])
     # from token 1 (a 1-gram seen before): 2 3 9 8 follow, all of them right
     assert walk_prompt_lookup(sample, block_size=5).accepted == [4]
-    assert walk_prompt_lookup(Sample("y", "math", 0.0, [1, 2], [5, 6, 7]), block_size=5).accepted == [0, 0]
+    assert walk_prompt_lookup(Sample("y", "math", 0.0, [1, 2, 5, 6, 7], [(2, 5)]), block_size=5).accepted == [0, 0]
 
 
 def test_an_exported_bundle_drafts_like_the_trained_drafter(tiny: Tiny, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_an_exported_bundle_drafts_like_the_trained_drafter(tiny: Tiny, tmp_path
     assert served_spec.draft_token_ids == (3, 5, 40, 41, 300)
     features = features_of(target, spec, PROMPT)
     anchors, ids = torch.tensor([[6]]), torch.tensor([[PROMPT[6]]])
-    trained = drafter.hidden(features * scale, anchors, ids, target.embedding_weight_VD)
-    exported = served.hidden(features, anchors, ids, target.embedding_weight_VD)
+    trained = drafter.hidden(features * scale, anchors, ids, target.embed)
+    exported = served.hidden(features, anchors, ids, target.embed)
     torch.testing.assert_close(exported, trained, rtol=0.05, atol=0.05)  # bf16 weights
     assert (exported - trained).norm() / trained.norm() < 0.01

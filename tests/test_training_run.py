@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from dspark_training import checkpoint
-from dspark_training.answers import write_prompts
-from dspark_training.blocks import cut_blocks, draw_anchors, pad
 from dspark_training.config import DataConfig, DrafterShape, OptimConfig, RunConfig
-from dspark_training.data import Sample, SampleStore, read_prompts
-from dspark_training.generate import Request, complete
+from dspark_training.data.answers import write_prompts
+from dspark_training.data.blocks import cut_blocks, draw_anchors, pad
+from dspark_training.data.generate import Request, complete
+from dspark_training.data.store import Sample, SampleStore, read_prompts
+from dspark_training.data.vocab import DraftVocab
+from dspark_training.optimizer import learning_rate
 from dspark_training.run import DEMO_RECIPE, load_recipe
 from dspark_training.target import Target
-from dspark_training.trainer import StepReport, Trainer, TrainingError, learning_rate
-from dspark_training.vocab import DraftVocab
+from dspark_training.trainer import StepReport, Trainer, TrainingError
 
 from dspark_serving.errors import DataError, DsparkError, OptionError
 from tests.tiny_models import make_tiny_target
@@ -33,16 +34,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 def samples(n: int = 24) -> list[Sample]:
     rng = random.Random(0)
-    return [
-        Sample(
-            f"{i:03}",
-            "math",
-            0.0,
-            [rng.randrange(500) for _ in range(rng.randrange(3, 9))],
-            [(i + 3 * j) % 90 for j in range(20)],
-        )
-        for i in range(n)
-    ]
+    rows = []
+    for i in range(n):
+        prompt = [rng.randrange(500) for _ in range(rng.randrange(3, 9))]
+        ids = prompt + [(i + 3 * j) % 90 for j in range(20)]
+        rows.append(Sample(f"{i:03}", "math", 0.0, ids, [(len(prompt), len(ids))]))
+    return rows
 
 
 def config(steps: int, learning_rate: float = 1e-3, pool: int = 1) -> RunConfig:
@@ -108,7 +105,9 @@ def test_a_bad_prompt_row_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_blocks_carry_the_tokens_behind_their_anchor() -> None:
-    sequences = pad([Sample("a", "math", 0.0, [1, 2], [3, 4, 5, 6]), Sample("b", "math", 0.0, [1], [7, 8])])
+    sequences = pad(
+        [Sample("a", "math", 0.0, [1, 2, 3, 4, 5, 6], [(2, 6)]), Sample("b", "math", 0.0, [1, 7, 8], [(1, 3)])]
+    )
     anchors = draw_anchors(sequences, 10, 1, random.Random(0))[0]
     blocks = cut_blocks(sequences, anchors, 3)
     ids = [[1, 2, 3, 4, 5, 6], [1, 7, 8]]
@@ -127,7 +126,9 @@ def test_blocks_carry_the_tokens_behind_their_anchor() -> None:
 
 
 def test_draft_vocabulary_keeps_frequent_tokens_and_stop_tokens() -> None:
-    vocab, coverage = DraftVocab.most_frequent([Sample("a", "x", 0.0, [], [5, 5, 5, 9, 9, 7])], 3, 20, always=[19])
+    vocab, coverage = DraftVocab.most_frequent(
+        [Sample("a", "x", 0.0, [5, 5, 5, 9, 9, 7], [(0, 6)])], 3, 20, always=[19]
+    )
     assert vocab.ids_V.tolist() == [5, 9, 19]
     assert coverage == pytest.approx(5 / 6)
     assert vocab.columns_T[[5, 9, 19, 7]].tolist() == [0, 1, 2, -1]

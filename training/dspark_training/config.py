@@ -37,6 +37,8 @@ class DrafterShape(_Frozen):
     target_layer_ids: tuple[int, ...] = Field(description="decoder layers of the target whose output is the context")
     mask_token_id: int = Field(ge=0)
     markov_rank: int = Field(64, gt=0)
+    markov_head_type: Literal["none", "vanilla", "gated", "rnn"] = "vanilla"
+    confidence_head: bool = True
     draft_vocab_size: int = Field(8192, gt=0, description="most frequent tokens that a draft may contain")
     init_layers: tuple[int, ...] = Field((), description="target layers that the draft layers start from")
 
@@ -54,6 +56,9 @@ class OptimConfig(_Frozen):
     )
     warmup_share: float = Field(0.04, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the drafter's products; weights, softmaxes and divergences stay in fp32"
+    )
     clip_norm: float = Field(1.0, gt=0)
     steps: int = Field(gt=0, description="optimizer steps")
     sequences: int = Field(4, gt=0, description="sequences in one target forward")

@@ -16,12 +16,12 @@ import torch
 from pydantic import ValidationError
 
 from dspark_serving.errors import DataError, OptionError
-from dspark_training.answers import Progress, answer, with_suffix, write_prompts
-from dspark_training.bundle import export_bundle
-from dspark_training.card import write_card
+from dspark_training.bundle.card import write_card
+from dspark_training.bundle.export import export_bundle
 from dspark_training.config import RunConfig
-from dspark_training.data import Prompt, Sample, read_prompts
-from dspark_training.evaluate import walk_drafter, walk_prompt_lookup
+from dspark_training.data.answers import Progress, answer, with_suffix, write_prompts
+from dspark_training.data.store import Prompt, Sample, read_prompts
+from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
 
@@ -178,8 +178,8 @@ def evaluate_drafter(
             seed=trainer.config.seed,
             progress=progress,
         )
-        samples = [s for s in store if len(s.answer_ids) > 1]
-        walks = walk_drafter(target, trainer.objective, trainer.layer_ids, trainer.scale_M, samples)
+        samples = [s for s in store if s.supervised > 1]
+        walks = walk_drafter(target, trainer.objective, trainer.source, samples)
         accepted = [n for w in walks for n in w.accepted]
         looked_up = [n for s in samples for n in walk_prompt_lookup(s, block_size).accepted]
         rows.append(
@@ -208,7 +208,7 @@ def _facts(trainer: Trainer, samples: list[Sample], rows: list[dict[str, Any]]) 
         "target": Path(trainer.target.config._name_or_path).parent.name or "the target",
         "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
         "samples": len(samples),
-        "answer_tokens": sum(len(s.answer_ids) for s in samples),
+        "answer_tokens": sum(s.supervised for s in samples),
         "domains": ", ".join(f"{n} {d}" for d, n in domains.most_common()),
         "steps": trainer.step,
         "tokens": trainer.tokens,

@@ -37,7 +37,15 @@ def _gqa_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """SDPA that broadcasts key/value heads instead of copying them (the copy is 70 % of a CPU decode step)."""
-    causal = attention_mask is None and query_BHTD.shape[2] > 1
+    batch, heads, n_queries, width = query_BHTD.shape
+    if n_queries == 1:
+        # Decoding: the heads that share keys become the queries of one head, a third of the work for three of them.
+        query_BGHD = query_BHTD.reshape(batch, key_BGSD.shape[1], -1, width)
+        out_BGHD = F.scaled_dot_product_attention(
+            query_BGHD, key_BGSD, value_BGSD, attn_mask=attention_mask, scale=scaling
+        )
+        return out_BGHD.reshape(batch, 1, heads, width), None
+    causal = attention_mask is None
     out_BHTD = F.scaled_dot_product_attention(
         query_BHTD,
         key_BGSD,
@@ -130,9 +138,19 @@ class Target:
     def lm_head_weight_VD(self) -> Tensor:
         return self.model.get_output_embeddings().weight
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows [..., D] of the embedding, scaled as the target scales them (Gemma)."""
+        return self.model.get_input_embeddings()(ids)
+
     @property
-    def embedding_weight_VD(self) -> Tensor:
-        return self.model.get_input_embeddings().weight
+    def embed_scale(self) -> float:
+        """Factor by which the target multiplies the rows of its embedding; 1 but for Gemma."""
+        return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+
+    def soft_cap(self, logits: Tensor) -> Tensor:
+        """Logits as the target caps them (Gemma's final soft cap), or as they are."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -17,16 +17,19 @@ from torch import nn
 
 from dspark_serving.errors import DataError, DsparkError
 from dspark_training import checkpoint
-from dspark_training.blocks import Sequences, cut_blocks, draw_anchors, pad
-from dspark_training.config import OptimConfig, RunConfig
-from dspark_training.data import Sample
-from dspark_training.losses import Weights
-from dspark_training.model import DSparkDrafter
-from dspark_training.objective import DraftObjective, Supervision, supervise
-from dspark_training.setup_model import feature_scale, new_drafter
+from dspark_training.config import RunConfig
+from dspark_training.data.blocks import Sequences, cut_blocks, draw_anchors, pad
+from dspark_training.data.store import Sample
+from dspark_training.data.vocab import DraftVocab
+from dspark_training.evaluation.validation import Validation
+from dspark_training.features.source import FeatureSource, OnlineFeatures
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.setup import feature_scale, new_drafter
+from dspark_training.objectives.block import BlockObjective
+from dspark_training.objectives.losses import Weights
+from dspark_training.objectives.supervision import Supervision, supervise
+from dspark_training.optimizer import build_optimizer, learning_rate
 from dspark_training.target import Target
-from dspark_training.validation import Validation
-from dspark_training.vocab import DraftVocab
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +72,13 @@ class Trainer:
         self.vocab, self.coverage = DraftVocab.most_frequent(
             self.train_samples, config.drafter.draft_vocab_size, target.config.vocab_size, target.stop_ids
         )
-        self.drafter: DSparkDrafter = new_drafter(target, config.drafter, config.seed)
+        self.drafter: BlockDrafter = new_drafter(target, config.drafter, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
         self.scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], self.layer_ids)
-        self.optimizer = _optimizer(self.drafter, config.optim)
+        self.source: FeatureSource = OnlineFeatures(target, self.layer_ids, self.scale_M)
+        self.optimizer = build_optimizer(self.drafter, config.optim)
         weights = Weights(config.optim.ce_weight, config.optim.l1_weight, config.optim.confidence_weight)
-        self.objective = DraftObjective(self.drafter, target, self.vocab, weights, config.optim.position_decay)
+        self.objective = BlockObjective(self.drafter, target, self.vocab, weights, config.optim.position_decay)
         self.step, self.forwards, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.history: list[dict] = []
 
@@ -82,7 +86,7 @@ class Trainer:
         """Train up to config.optim.steps; resumes from the newest checkpoint under the output directory."""
         self._resume()
         optim = self.config.optim
-        validation = Validation(self.target, self.validation_samples, self.layer_ids, self.scale_M, self.vocab)
+        validation = Validation(self.target, self.validation_samples, self.source, self.vocab)
         started, saved, first_step = time.monotonic(), time.monotonic(), self.step
         spent_before = self.seconds
         for batches in self._pools():
@@ -110,7 +114,7 @@ class Trainer:
             rng = random.Random(f"anchors/{self.config.seed}/{self.forwards}")
             batches = []
             for sequences in itertools.islice(groups, optim.pool):
-                supervision = supervise(self.target, sequences, self.layer_ids, self.scale_M, self.vocab)
+                supervision = supervise(self.source, self.target, sequences, self.vocab)
                 draws = draw_anchors(sequences, optim.anchors, optim.steps_per_forward, rng)
                 batches += [Batch(supervision, sequences, anchors_BA) for anchors_BA in draws]
                 self.tokens += int(sequences.mask_BT.sum())
@@ -120,7 +124,8 @@ class Trainer:
 
     def _optimizer_step(self, batch: Batch) -> float:
         blocks = cut_blocks(batch.sequences, batch.anchors_BA, self.config.drafter.block_size)
-        losses = self.objective(batch.supervision, blocks)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+            losses = self.objective(batch.supervision, blocks)
         if not torch.isfinite(losses.total):
             raise TrainingError(
                 f"the loss is {losses.total.item()} at step {self.step}",
@@ -174,29 +179,11 @@ class Trainer:
         log.info("resumed at step %d", self.step)
 
 
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    warmup = max(1, round(optim.steps * optim.warmup_share))
-    if step < warmup:
-        return optim.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, optim.steps - warmup)
-    return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _optimizer(drafter: DSparkDrafter, optim: OptimConfig) -> torch.optim.Optimizer:
-    markov = list(drafter.markov_head.parameters())
-    rest = [p for name, p in drafter.named_parameters() if not name.startswith("markov_head.")]
-    groups = [{"params": rest, "lr_scale": 1.0}, {"params": markov, "lr_scale": optim.markov_lr_scale}]
-    return torch.optim.AdamW(
-        groups, lr=optim.learning_rate, betas=(0.9, 0.95), weight_decay=optim.weight_decay, fused=True
-    )
-
-
 def _similar_lengths(samples: list[Sample], size: int) -> list[list[Sample]]:
     """Cut shuffled samples into groups of `size`, sorted by length within windows so that little is padded."""
     window = size * 8
     groups = []
     for start in range(0, len(samples), window):
-        part = sorted(samples[start : start + window], key=lambda s: len(s.prompt_ids) + len(s.answer_ids))
+        part = sorted(samples[start : start + window], key=lambda s: len(s.ids))
         groups += [part[i : i + size] for i in range(0, len(part), size)]
     return [g for g in groups if len(g) == size] or groups

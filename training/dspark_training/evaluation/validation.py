@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from dspark_training.blocks import cut_blocks, pad
-from dspark_training.data import Sample
-from dspark_training.objective import DraftObjective, supervise
+from dspark_training.data.blocks import cut_blocks, pad, stack_anchors
+from dspark_training.data.store import Sample
+from dspark_training.data.vocab import DraftVocab
+from dspark_training.features.source import FeatureSource
+from dspark_training.objectives.block import BlockObjective
+from dspark_training.objectives.supervision import supervise
 from dspark_training.target import Target
-from dspark_training.vocab import DraftVocab
 
 _MAX_SAMPLES = 32
 _GROUP = 4
@@ -25,34 +27,25 @@ class Validation:
     speculative decoder would see at those anchors (it visits fewer of them, so its mean differs a little).
     """
 
-    def __init__(
-        self,
-        target: Target,
-        samples: Sequence[Sample],
-        layer_ids: tuple[int, ...],
-        scale_M: torch.Tensor | None,
-        vocab: DraftVocab,
-    ) -> None:
+    def __init__(self, target: Target, samples: Sequence[Sample], source: FeatureSource, vocab: DraftVocab) -> None:
         self._items = []
-        chosen = [s for s in samples if len(s.answer_ids) > 2][:_MAX_SAMPLES]
+        chosen = [s for s in samples if s.supervised > 2][:_MAX_SAMPLES]
         for domain in sorted({s.domain for s in chosen}):
             part = [s for s in chosen if s.domain == domain]
             for start in range(0, len(part), _GROUP):
                 sequences = pad(part[start : start + _GROUP])
-                supervision = supervise(target, sequences, layer_ids, scale_M, vocab)
+                supervision = supervise(source, target, sequences, vocab)
                 self._items.append((domain, sequences, supervision))
 
     @torch.no_grad()
-    def run(self, objective: DraftObjective, block_size: int) -> dict[str, float | list[float]]:
+    def run(self, objective: BlockObjective, block_size: int) -> dict[str, float | list[float]]:
         """Accepted length (bonus included) over all and by domain, and conditional acceptance by position."""
         lengths: dict[str, list[int]] = defaultdict(list)
         reached, kept = torch.zeros(block_size), torch.zeros(block_size)
         loss_sum = 0.0
         for domain, sequences, supervision in self._items:
-            spans = zip(sequences.answer_starts, sequences.ends, strict=True)
-            anchors = [list(range(start, end - 1, _STRIDE)) for start, end in spans]
-            width = max(map(len, anchors))
-            blocks = cut_blocks(sequences, torch.tensor([a + [-1] * (width - len(a)) for a in anchors]), block_size)
+            anchors = [row_T.nonzero()[::_STRIDE, 0].tolist() for row_T in sequences.predicting_BT]
+            blocks = cut_blocks(sequences, stack_anchors(anchors), block_size)
             losses = objective(supervision, blocks)
             loss_sum += losses.total.item()
             full_NK = blocks.valid_BAK.flatten(0, 1)

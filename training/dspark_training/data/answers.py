@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dspark_training.data import Prompt, Sample, SampleStore
-from dspark_training.generate import Completion, Request, complete
+from dspark_training.data.generate import Completion, Request, complete
+from dspark_training.data.store import Prompt, Sample, SampleStore
 from dspark_training.target import Target
 
 log = logging.getLogger(__name__)
@@ -115,10 +115,12 @@ def answer(
     for start in range(0, len(requests), span):
         part = {r.key: r for r in requests[start : start + span]}
         for batch in complete(target, list(part.values()), batch_size=batch_size, generator=generator):
-            store.append(
-                Sample(c.key, by_key[c.key].domain, part[c.key].temperature, part[c.key].prompt_ids, c.answer_ids)
-                for c in batch
-            )
+            store.append(_sample(by_key[c.key], part[c.key], c) for c in batch)
             done |= {c.key for c in batch}
             progress(len(done), total)
     return store
+
+
+def _sample(prompt: Prompt, request: Request, completion: Completion) -> Sample:
+    ids = request.prompt_ids + completion.answer_ids
+    return Sample(prompt.key, prompt.domain, request.temperature, ids, [(len(request.prompt_ids), len(ids))])

@@ -47,7 +47,7 @@ def dspark_losses(
     target_probs_NV: Tensor,
     target_top_N: Tensor,
     labels_N: Tensor,
-    confidence_N: Tensor,
+    confidence_N: Tensor | None,
     row_weights_N: Tensor,
     weights: Weights,
 ) -> Losses:
@@ -58,7 +58,7 @@ def dspark_losses(
         target_probs_NV: the target's probabilities of the draft vocabulary; the rest of its mass lies outside.
         target_top_N: index of the target's greedy token in the draft vocabulary, -1 if it lies outside.
         labels_N: index of the label in the draft vocabulary, -1 if it lies outside (then no cross-entropy).
-        confidence_N: confidence logits.
+        confidence_N: confidence logits; None for a drafter without that head, whose term is 0.
         row_weights_N: from position_weights.
     """
     log_probs_NV = torch.log_softmax(draft_logits_NV.float(), dim=-1)
@@ -67,10 +67,12 @@ def dspark_losses(
     outside_N = (1.0 - target_probs_NV.sum(-1)).clamp_min(0.0)
     l1_N = (log_probs_NV.exp() - target_probs_NV).abs().sum(-1) + outside_N
     acceptance_N = (1.0 - 0.5 * l1_N.detach()).clamp(0.0, 1.0)
-    confidence_loss_N = F.binary_cross_entropy_with_logits(confidence_N.float(), acceptance_N, reduction="none")
     ce = _weighted_mean(ce_N, row_weights_N * known_N)
     l1 = _weighted_mean(l1_N, row_weights_N)
-    confidence = _weighted_mean(confidence_loss_N, row_weights_N)
+    confidence = l1.new_zeros(())
+    if confidence_N is not None:
+        losses_N = F.binary_cross_entropy_with_logits(confidence_N.float(), acceptance_N, reduction="none")
+        confidence = _weighted_mean(losses_N, row_weights_N)
     agrees_N = draft_logits_NV.argmax(-1) == target_top_N
     total = weights.ce * ce + weights.l1 * l1 + weights.confidence * confidence
     return Losses(total, ce.detach(), l1.detach(), confidence.detach(), acceptance_N, agrees_N)

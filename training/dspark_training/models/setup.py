@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dspark_serving.errors import OptionError
-from dspark_training.blocks import pad
 from dspark_training.config import DrafterShape
-from dspark_training.data import Sample
-from dspark_training.model import DrafterDims, DSparkDrafter
+from dspark_training.data.blocks import pad
+from dspark_training.data.store import Sample
+from dspark_training.models.backbone import BlockDrafter, DrafterDims
 from dspark_training.target import Target
 
 
@@ -51,21 +51,25 @@ def dims_for(target: Target, shape: DrafterShape) -> DrafterDims:
         block_size=shape.block_size,
         mask_token_id=shape.mask_token_id,
         markov_rank=shape.markov_rank,
+        markov_head_type=shape.markov_head_type,
+        confidence_head=shape.confidence_head,
     )
 
 
-def new_drafter(target: Target, shape: DrafterShape, seed: int) -> DSparkDrafter:
+def new_drafter(target: Target, shape: DrafterShape, seed: int) -> BlockDrafter:
     """Random weights (std 0.02, residual outputs scaled down), layers optionally started from the target's own."""
     torch.manual_seed(seed)
-    drafter = DSparkDrafter(dims_for(target, shape))
+    drafter = BlockDrafter(dims_for(target, shape))
     for name, parameter in drafter.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.data /= (2 * shape.num_layers) ** 0.5
-    nn.init.zeros_(drafter.markov_head.markov_w2.weight)
-    nn.init.zeros_(drafter.confidence_head.proj.weight)
-    nn.init.zeros_(drafter.confidence_head.proj.bias)
+    if drafter.markov_head is not None:
+        nn.init.zeros_(drafter.markov_head.markov_w2.weight)
+    if drafter.confidence_head is not None:
+        nn.init.zeros_(drafter.confidence_head.proj.weight)
+        nn.init.zeros_(drafter.confidence_head.proj.bias)
     for layer, source in zip(drafter.layers, shape.init_layers, strict=False):
         layer.load_state_dict(target.model.base_model.layers[source].state_dict(), strict=False)
     if shape.init_layers:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dspark_training.data import Sample
+from dspark_training.data.store import Sample
 
 
 class DraftVocab:
@@ -33,7 +33,7 @@ class DraftVocab:
         Ties go to the smaller id, and unused places to the smallest ids (byte-level tokenizers put their
         commonest pieces first). `always` (stop tokens) is kept whatever its count.
         """
-        counts = Counter(token for s in samples for token in s.answer_ids)
+        counts = Counter(token for s in samples for token in s.supervised_ids())
         must = set(always)
         ranked = sorted(range(target_vocab_size), key=lambda i: (i not in must, -counts[i], i))
         vocab = cls(ranked[:size], target_vocab_size)

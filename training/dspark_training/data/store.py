@@ -1,4 +1,4 @@
-"""Training data: prompts, answers by the target, and the JSONL store that holds both as token ids."""
+"""Training data: prompts, conversations as token ids, and the JSONL store that holds them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,22 @@ class Prompt(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One conversation turn, ready to train on; only the answer is supervised."""
+    """One conversation, ready to train on; only what the assistant wrote is supervised."""
 
     key: str
     domain: str
-    temperature: float
-    prompt_ids: list[int]
-    answer_ids: list[int]
+    temperature: float  # at which the answers were drawn; 0: greedy
+    ids: list[int]
+    spans: list[tuple[int, int]]  # half-open ranges of `ids` that the assistant wrote, ascending
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that the assistant wrote."""
+        return sum(end - start for start, end in self.spans)
+
+    def supervised_ids(self) -> list[int]:
+        """The assistant's tokens, one span after the other."""
+        return [token for start, end in self.spans for token in self.ids[start:end]]
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -63,6 +72,7 @@ class SampleStore:
     def __iter__(self) -> Iterator[Sample]:
         if self.path.exists():
             for _, row in _json_lines(self.path):
+                row["spans"] = [tuple(span) for span in row["spans"]]
                 yield Sample(**row)
 
     def keys(self) -> set[str]:

@@ -15,14 +15,14 @@ from torch import Tensor
 from dspark_serving.drafters import DrafterSpec, read_spec
 from dspark_serving.errors import CheckpointError
 from dspark_training.config import DrafterShape
-from dspark_training.model import DrafterDims, DSparkDrafter
+from dspark_training.data.vocab import DraftVocab
+from dspark_training.models.backbone import BlockDrafter, DrafterDims
 from dspark_training.target import Target
-from dspark_training.vocab import DraftVocab
 
 
 def export_bundle(
     directory: Path,
-    drafter: DSparkDrafter,
+    drafter: BlockDrafter,
     target: Target,
     shape: DrafterShape,
     vocab: DraftVocab,
@@ -55,7 +55,7 @@ def export_bundle(
     os.replace(partial, directory)
 
 
-def bundle_config(drafter: DSparkDrafter, target: Target, shape: DrafterShape, vocab: DraftVocab) -> dict[str, Any]:
+def bundle_config(drafter: BlockDrafter, target: Target, shape: DrafterShape, vocab: DraftVocab) -> dict[str, Any]:
     """config.json in DeepSpec's field names; `draft_vocab_size` is this project's addition."""
     dims = drafter.dims
     return {
@@ -80,15 +80,15 @@ def bundle_config(drafter: DSparkDrafter, target: Target, shape: DrafterShape, v
         "block_size": dims.block_size,
         "mask_token_id": dims.mask_token_id,
         "target_layer_ids": list(shape.target_layer_ids),
-        "markov_rank": dims.markov_rank,
-        "markov_head_type": "vanilla",
-        "enable_confidence_head": True,
+        "markov_rank": dims.markov_rank if dims.markov_head_type != "none" else 0,
+        "markov_head_type": dims.markov_head_type,
+        "enable_confidence_head": dims.confidence_head,
         "confidence_head_with_markov": True,
         "draft_vocab_size": len(vocab.ids_V),
     }
 
 
-def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[DSparkDrafter, DrafterSpec]:
+def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[BlockDrafter, DrafterSpec]:
     """The drafter of a bundle in plain torch, and its description.
 
     Raises:
@@ -102,7 +102,7 @@ def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[DS
             fix="Use its own trainer's tools for it.",
         )
     config = json.loads((directory / "config.json").read_text())
-    drafter = DSparkDrafter(
+    drafter = BlockDrafter(
         DrafterDims(
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
@@ -117,6 +117,8 @@ def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[DS
             block_size=spec.gamma,
             mask_token_id=spec.mask_token_id,
             markov_rank=spec.markov_rank,
+            markov_head_type=spec.markov_head_type if spec.markov_rank else "none",
+            confidence_head=bool(config["enable_confidence_head"]),
         )
     )
     drafter.load_state_dict(load_file(directory / "model.safetensors"))

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_training.blocks import cut_blocks, pad
-from dspark_training.data import Sample
-from dspark_training.objective import DraftObjective, supervise
+from dspark_training.data.blocks import cut_blocks, pad, stack_anchors
+from dspark_training.data.store import Sample
+from dspark_training.features.source import FeatureSource
+from dspark_training.objectives.block import BlockObjective
+from dspark_training.objectives.supervision import supervise
 from dspark_training.target import Target
 
 _GROUP = 4
@@ -32,26 +34,24 @@ class Walk(NamedTuple):
 
 @torch.no_grad()
 def walk_drafter(
-    target: Target,
-    objective: DraftObjective,
-    layer_ids: tuple[int, ...],
-    scale_M: torch.Tensor | None,
-    samples: Sequence[Sample],
+    target: Target, objective: BlockObjective, source: FeatureSource, samples: Sequence[Sample]
 ) -> list[Walk]:
-    """Walk every sample's greedy answer with the drafter, in the order of `samples`."""
+    """Walk every greedy answer with the drafter, in the order of `samples` and their spans."""
     block_size = objective.drafter.dims.block_size
     walks = []
     for first in range(0, len(samples), _GROUP):
-        sequences = pad(samples[first : first + _GROUP])
-        spans = list(zip(sequences.answer_starts, sequences.ends, strict=True))
-        width = max(end - start for start, end in spans)
-        rows = [list(range(s, e - 1)) + [-1] * (width - (e - 1 - s)) for s, e in spans]
-        blocks = cut_blocks(sequences, torch.tensor(rows), block_size)
-        supervision = supervise(target, sequences, layer_ids, scale_M, objective.vocab)
+        group = samples[first : first + _GROUP]
+        sequences = pad(group)
+        anchors = [[p for start, end in s.spans for p in range(start, end - 1)] for s in group]
+        blocks = cut_blocks(sequences, stack_anchors(anchors), block_size)
+        supervision = supervise(source, target, sequences, objective.vocab)
         agrees = objective(supervision, blocks).agrees_N.view_as(blocks.valid_BAK) & blocks.valid_BAK
         matched_BA = agrees.long().cumprod(-1).sum(-1)
-        for b, (start, end) in enumerate(spans):
-            walks.append(walk(matched_BA[b, : max(0, end - 1 - start)].tolist()))
+        for sample, matched in zip(group, matched_BA.tolist(), strict=True):
+            at = 0
+            for start, end in sample.spans:
+                walks.append(walk(matched[at : at + max(0, end - 1 - start)]))
+                at += max(0, end - 1 - start)
     return walks
 
 
@@ -65,10 +65,10 @@ def walk(matched: Sequence[int]) -> Walk:
 
 
 def walk_prompt_lookup(sample: Sample, block_size: int, longest: int = 3) -> Walk:
-    """The baseline without a drafter: copy what followed the last occurrence of the newest 3-, 2- or 1-gram."""
-    ids = sample.prompt_ids + sample.answer_ids
-    first = len(sample.prompt_ids)
-    return walk([_lookup_match(ids, p, block_size, longest) for p in range(first, len(ids) - 1)])
+    """The baseline without a drafter, on the last answer: copy what followed the last newest 3-, 2- or 1-gram."""
+    start, end = sample.spans[-1]
+    ids = sample.ids[:end]
+    return walk([_lookup_match(ids, p, block_size, longest) for p in range(start, end - 1)])
 
 
 def _lookup_match(ids: list[int], anchor: int, block_size: int, longest: int) -> int:

@@ -1,4 +1,4 @@
-"""The DSpark drafter in plain torch, without a KV cache: what is trained, and what serving is compared with.
+"""Block drafters (DFlash, DSpark) in plain torch.
 
 Shapes: B sequences, T tokens, A anchors a sequence, K = block size (gamma), D hidden size, M = D * captured layers,
 G key/value heads, Q query heads a key/value head, E head width, V draft vocabulary, R Markov rank.
@@ -7,12 +7,15 @@ Sources: DFlash (arXiv 2602.06036) for the backbone, DSpark (arXiv 2607.05147) f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dspark_training.models.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,18 @@ class DrafterDims:
     block_size: int
     mask_token_id: int
     markov_rank: int
+    markov_head_type: str = "vanilla"  # none, or a key of MARKOV_HEADS
+    confidence_head: bool = True
+
+
+Embed = Callable[[Tensor], Tensor]  # ids [...] -> rows [..., D]
 
 
 class BlockOutput(NamedTuple):
     """One pass over blocks of anchors."""
 
     hidden_BAKD: Tensor  # after the final norm: lm_head input
-    confidence_BAK: Tensor  # logit of "x_k survives, given that x_<k did"
+    confidence_BAK: Tensor | None  # logit of "x_k survives, given that x_<k did"
 
 
 class Rotary:
@@ -123,23 +131,8 @@ class DraftLayer(nn.Module):
         return block_BAKD + self.mlp(self.post_attention_layernorm(block_BAKD))
 
 
-class MarkovHead(nn.Module):
-    """Vanilla Markov head: a low-rank bigram bias B(x_{k-1}, .) = W2 W1[x_{k-1}]."""
-
-    def __init__(self, dims: DrafterDims) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(dims.vocab_size, dims.markov_rank)
-        self.markov_w2 = nn.Linear(dims.markov_rank, dims.vocab_size, bias=False)
-
-
-class ConfidenceHead(nn.Module):
-    def __init__(self, dims: DrafterDims) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dims.hidden_size + dims.markov_rank, 1)
-
-
-class DSparkDrafter(nn.Module):
-    """DFlash backbone with a vanilla Markov head and a confidence head; parameters named as DeepSpec names them."""
+class BlockDrafter(nn.Module):
+    """DFlash backbone, with a Markov head and a confidence head in DSpark; parameters named as DeepSpec names them."""
 
     def __init__(self, dims: DrafterDims) -> None:
         super().__init__()
@@ -148,38 +141,45 @@ class DSparkDrafter(nn.Module):
         self.hidden_norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(dims) for _ in range(dims.num_layers))
         self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.markov_head = MarkovHead(dims)
-        self.confidence_head = ConfidenceHead(dims)
+        self.markov_head: MarkovHead | None = None
+        if dims.markov_head_type != "none":
+            head = MARKOV_HEADS[dims.markov_head_type]
+            self.markov_head = head(dims.vocab_size, dims.markov_rank, dims.hidden_size)
+        self.confidence_head: ConfidenceHead | None = None
+        if dims.confidence_head:
+            self.confidence_head = ConfidenceHead(dims.hidden_size, dims.markov_rank if self.markov_head else 0)
 
-    def forward(
-        self, features_BTM: Tensor, anchors_BA: Tensor, previous_BAK: Tensor, embedding_VD: Tensor
-    ) -> BlockOutput:
+    def forward(self, features_BTM: Tensor, anchors_BA: Tensor, previous_BAK: Tensor, embed: Embed) -> BlockOutput:
         """Run blocks in parallel, the confidence teacher-forced on `previous_BAK`.
 
         Args:
             features_BTM: captured target features; only positions before an anchor are looked at.
             anchors_BA: position p of each anchor in its sequence.
             previous_BAK: ids of x_0 (the anchor) .. x_{K-1}; row k is the token before the one that row k predicts.
-            embedding_VD: the target's frozen embedding.
+            embed: the target's frozen embedding.
         """
-        hidden_BAKD = self.hidden(features_BTM, anchors_BA, previous_BAK[..., 0], embedding_VD)
+        hidden_BAKD = self.hidden(features_BTM, anchors_BA, previous_BAK[..., 0], embed)
+        if self.confidence_head is None:
+            return BlockOutput(hidden_BAKD, None)
         return BlockOutput(hidden_BAKD, self.confidence(hidden_BAKD, previous_BAK))
 
-    def hidden(self, features_BTM: Tensor, anchors_BA: Tensor, anchor_ids_BA: Tensor, embedding_VD: Tensor) -> Tensor:
+    def hidden(self, features_BTM: Tensor, anchors_BA: Tensor, anchor_ids_BA: Tensor, embed: Embed) -> Tensor:
         """The backbone alone: [B, A, K, D] after the final norm. It knows no drafted token."""
         context_BTD = self.hidden_norm(self.fc(features_BTM))
         ids_BAK = anchor_ids_BA[..., None].repeat(1, 1, self.dims.block_size)
         ids_BAK[..., 1:] = self.dims.mask_token_id
-        block_BAKD = F.embedding(ids_BAK, embedding_VD)
+        block_BAKD = embed(ids_BAK).to(context_BTD.dtype)
         for layer in self.layers:
             block_BAKD = layer(block_BAKD, context_BTD, anchors_BA)
         return self.norm(block_BAKD)
 
     def confidence(self, hidden_BAKD: Tensor, previous_BAK: Tensor) -> Tensor:
-        """Confidence logits [B, A, K]; row k sees x_{k-1} and never x_k itself."""
-        latent_BAKR = self.markov_head.markov_w1(previous_BAK)
-        return self.confidence_head.proj(torch.cat([hidden_BAKD, latent_BAKR], dim=-1)).squeeze(-1)
+        """Confidence logits [B, A, K]; row k sees x_{k-1} and never x_k itself.
 
-    def markov_bias(self, previous_ids: Tensor, vocab_rows_RV: Tensor) -> Tensor:
-        """Bigram bias [..., V] over the rows of W2 given as `vocab_rows_RV` (W2 transposed, perhaps reduced)."""
-        return self.markov_head.markov_w1(previous_ids) @ vocab_rows_RV
+        Raises:
+            ValueError: the drafter has no confidence head.
+        """
+        if self.confidence_head is None:
+            raise ValueError("this drafter has no confidence head")
+        latent_BAKR = self.markov_head.markov_w1(previous_BAK) if self.markov_head else None
+        return self.confidence_head(hidden_BAKD, latent_BAKR)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_training.target import SlabLayer, Target
@@ -51,15 +52,16 @@ def _complete_batch(target: Target, requests: Sequence[Request], generator: torc
     input_ids_BT, mask_BT = _left_pad([r.prompt_ids for r in requests])
     finished_B = torch.zeros(len(requests), dtype=torch.bool)
     while True:
-        out = target.model(
+        out = target.model.base_model(
             input_ids=input_ids_BT,
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(1) - 1).clamp_min(0)[:, -input_ids_BT.shape[1] :],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        tokens_B = _sample(out.logits[:, -1].float(), temperatures_B[live_B], generator)
+        # Two-dimensional: a batched product would copy the head's weight once a row.
+        logits_BV = F.linear(out.last_hidden_state[:, -1].contiguous(), target.lm_head_weight_VD)
+        tokens_B = _sample(logits_BV.float(), temperatures_B[live_B], generator)
         for row, token in enumerate(tokens_B.tolist()):
             if not finished_B[row]:
                 answers[live_B[row]].append(token)
@@ -95,6 +97,8 @@ def _sample(logits_BV: Tensor, temperatures_B: Tensor, generator: torch.Generato
     tokens_B = logits_BV.argmax(-1)
     hot = temperatures_B > 0
     if hot.any():
-        probs_BV = torch.softmax(logits_BV[hot] / temperatures_B[hot, None], dim=-1)
-        tokens_B[hot] = torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
+        # Inverse of the distribution function: torch.multinomial takes longer than the target's forward here.
+        cumulative_BV = torch.softmax(logits_BV[hot] / temperatures_B[hot, None], dim=-1).cumsum(-1)
+        draws_B1 = torch.rand(len(cumulative_BV), 1, generator=generator) * cumulative_BV[:, -1:]
+        tokens_B[hot] = torch.searchsorted(cumulative_BV, draws_B1, right=True)[:, 0].clamp_max(logits_BV.shape[1] - 1)
     return tokens_B

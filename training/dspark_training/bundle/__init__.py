@@ -1,0 +1,1 @@
+"""A finished drafter as a directory that serves."""

@@ -1,0 +1,1 @@
+"""From prompts to conversations as token ids, and from those to padded sequences and blocks."""

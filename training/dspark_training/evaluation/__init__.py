@@ -1,0 +1,1 @@
+"""What a drafter is worth: accepted lengths and confidence quality."""

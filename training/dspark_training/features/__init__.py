@@ -1,0 +1,1 @@
+"""What the frozen target says about a conversation, behind one interface."""
