@@ -24,7 +24,7 @@ DATASETS = {
 
 def dspark_options(drafter: Path) -> tuple[str, ...]:
     """Options of a server with a drafter."""
-    return ("--speculative-algorithm", "dspark", "--speculative-draft-model-path", str(drafter))
+    return ("--speculative-algorithm", read_spec(drafter).family, "--speculative-draft-model-path", str(drafter))
 
 
 def ngram_arm(target: Path, drafter: Path, *options: str) -> Arm:
