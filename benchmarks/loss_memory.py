@@ -1,7 +1,7 @@
 """Memory and time of the vocabulary-sized loss, plain and in chunks: `python -m benchmarks.loss_memory`.
 
-Values and gradients of cross-entropy and L1 for N draft rows, five to a target position, in fp32 on one CPU thread. Every
-point runs in a process of its own; its bytes are the growth of that process's peak over the inputs.
+Values and gradients of cross-entropy and L1 for N draft rows, five to a target position, in fp32 on one CPU thread.
+Every point runs in a process of its own; its bytes are the growth of that process's peak over the inputs.
 """
 
 from __future__ import annotations
