@@ -170,7 +170,7 @@ class Ttt:
             for anchor in chosen:
                 for s in range(min(STEPS, len(row) - 1 - anchor)):
                     i = anchor - 1  # pass s of row i predicts token i + 2 + s
-                    target_p = logits_T[i + 1 + s][self._allowed].softmax(-1)
+                    target_p = logits_T[i + 1 + s].softmax(-1)[self._allowed]
                     if int(logits_T[i + 1 + s].argmax()) not in self._allowed.tolist():
                         continue
                     head = self._model.get_output_embeddings().weight[self._allowed]
