@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dspark_serving.drafters import DrafterSpec
 from dspark_serving.drafters.readers import own
@@ -105,6 +105,12 @@ def network_for(spec: DrafterSpec) -> nn.Module:
         confidence_head=spec.has_confidence,
     )
     return BlockDrafter(dims)
+
+
+def target_tables(target: Target) -> dict[str, Tensor]:
+    """The target's embedding (as stored, not scaled) and output head by the names of a drafter's copies, [V, D]."""
+    embedding = target.model.get_input_embeddings().weight
+    return {"embed_tokens.weight": embedding.detach().clone(), "lm_head.weight": target.lm_head_weight_VD.detach().clone()}
 
 
 def _family(drafter: nn.Module) -> Family:
