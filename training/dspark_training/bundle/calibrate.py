@@ -80,7 +80,13 @@ def fit_and_score(rounds: HeldOutRounds) -> FittedConfidence | None:
 
 
 def answered(
-    target: Target, prompts: Sequence[Prompt], temperature: float, *, max_new_tokens: int, batch_size: int, seed: int = 0
+    target: Target,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int = 0,
 ) -> list[Sample]:
     """Answers of the target to some prompts, to walk rounds over; in the order of the prompts."""
     prompt_ids = [target.chat_ids(prompt.text) for prompt in prompts]

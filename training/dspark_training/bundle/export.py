@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dspark_serving.drafters import DrafterSpec, check_weights, read_spec
 from dspark_serving.drafters.readers.deepspec import VOCABULARY_FILE, vocabulary_text
@@ -25,6 +25,7 @@ from dspark_training.bundle.network import describe_drafter, network_for
 from dspark_training.bundle.publish import replacing
 from dspark_training.config import DrafterShape
 from dspark_training.data.vocab import DraftVocab
+from dspark_training.models.setup import Drafter
 from dspark_training.target import Target
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -39,7 +40,7 @@ class Confidence(NamedTuple):
 
 def export_bundle(
     directory: Path,
-    drafter: nn.Module,
+    drafter: Drafter,
     target: Target,
     shape: DrafterShape,
     vocab: DraftVocab,
@@ -102,7 +103,7 @@ def write_bundle(
 
 def load_bundle(
     directory: Path, dtype: torch.dtype = torch.float32, target: Target | None = None
-) -> tuple[Any, DrafterSpec]:
+) -> tuple[Drafter, DrafterSpec]:
     """The drafter of a directory of any format in plain torch, in evaluation mode, and its description.
 
     Args:
@@ -126,7 +127,7 @@ def load_bundle(
 
 def _check_scales(spec: DrafterSpec, target: Target) -> None:
     ours = (spec.embed_scale, spec.final_logit_softcapping or 0.0)
-    theirs = (target.embed_scale, getattr(target.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+    theirs = (target.embed_scale, getattr(target.config, "final_logit_softcapping", None) or 0.0)
     if not torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=0.01):
         raise CheckpointError(
             f"the drafter {spec.path} scales embeddings by {ours[0]:g} and caps logits at {ours[1]:g}",

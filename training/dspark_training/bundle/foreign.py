@@ -29,7 +29,12 @@ _ZERO_RANK = 1
 
 
 def export_foreign(
-    source: Path, directory: Path, format: ForeignFormat, target: Target | None = None, *, whole_vocabulary: bool = False
+    source: Path,
+    directory: Path,
+    format: ForeignFormat,
+    target: Target | None = None,
+    *,
+    whole_vocabulary: bool = False,
 ) -> DrafterSpec:
     """Write the drafter in `source` (any format that is read) in another project's format.
 

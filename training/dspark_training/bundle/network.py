@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dspark_serving.drafters import DrafterSpec
 from dspark_serving.drafters.readers import own
 from dspark_serving.drafters.spec import Family
 from dspark_serving.errors import CheckpointError
 from dspark_training.data.vocab import DraftVocab
-from dspark_training.models.backbone import BlockDrafter, DrafterDims
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.eagle3 import Eagle3Drafter
+from dspark_training.models.layers import DrafterDims
+from dspark_training.models.setup import Drafter
 from dspark_training.target import Target
 
 
 def describe_drafter(
-    drafter: nn.Module, target: Target, layer_ids: tuple[int, ...], vocab: DraftVocab, path: Path
+    drafter: Drafter, target: Target, layer_ids: tuple[int, ...], vocab: DraftVocab, path: Path
 ) -> DrafterSpec:
     """The description of a trained drafter, in this project's own format.
 
@@ -26,8 +29,7 @@ def describe_drafter(
         vocab: the tokens that it may propose.
         path: directory of its files.
     """
-    dims: DrafterDims = drafter.dims  # type: ignore[assignment]
-    config = target.config.get_text_config()
+    dims, config = drafter.dims, target.config
     family = _family(drafter)
     stop = config.eos_token_id
     return DrafterSpec(
@@ -74,7 +76,7 @@ def describe_drafter(
     )
 
 
-def network_for(spec: DrafterSpec) -> nn.Module:
+def network_for(spec: DrafterSpec) -> Drafter:
     """An untrained network of the drafter's shape.
 
     Raises:
@@ -104,17 +106,20 @@ def network_for(spec: DrafterSpec) -> nn.Module:
         markov_head_type=spec.markov_head_type if spec.markov_rank else "none",
         confidence_head=spec.has_confidence,
     )
-    return BlockDrafter(dims)
+    return Eagle3Drafter(dims) if spec.family == "eagle3" else BlockDrafter(dims)
 
 
 def target_tables(target: Target) -> dict[str, Tensor]:
     """The target's embedding (as stored, not scaled) and output head by the names of a drafter's copies, [V, D]."""
     embedding = target.model.get_input_embeddings().weight
-    return {"embed_tokens.weight": embedding.detach().clone(), "lm_head.weight": target.lm_head_weight_VD.detach().clone()}
+    return {
+        "embed_tokens.weight": embedding.detach().clone(),
+        "lm_head.weight": target.lm_head_weight_VD.detach().clone(),
+    }
 
 
-def _family(drafter: nn.Module) -> Family:
-    if not isinstance(drafter, BlockDrafter):
+def _family(drafter: Drafter) -> Family:
+    if isinstance(drafter, Eagle3Drafter):
         return "eagle3"
     return "dflash" if drafter.markov_head is None else "dspark"
 
@@ -123,11 +128,11 @@ def _inexpressible(spec: DrafterSpec) -> list[str]:
     """What a drafter has that the networks of this package do not."""
     markov_blind = spec.has_confidence and spec.markov_rank > 0 and not spec.confidence_with_markov
     found: list[tuple[Any, str]] = [
-        (spec.family == "eagle3", "it is an Eagle3 drafter"),
         (spec.layer_kind != "qwen3", f"its layers are {spec.layer_kind}'s"),
         (not spec.qk_norm, "its queries and keys are not normalised"),
         (spec.sliding_window is not None, "its layers attend in a sliding window"),
         (spec.is_causal, "the rows of its block see only those before them"),
+        (spec.norm_before_residual, "its residual is taken after the norm"),
         (spec.attention_bias, "its attention has biases"),
         (spec.hidden_act != "silu", f"its activation is {spec.hidden_act}"),
         (spec.rope["rope_type"] != "default", f"its rotary embedding is of the type {spec.rope['rope_type']}"),

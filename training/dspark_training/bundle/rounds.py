@@ -12,14 +12,14 @@ Shapes: B sequences, T tokens, A anchors a sequence, K = G drafted tokens, D hid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dspark_serving.scheduler.survival_map import draft_statistics
 from dspark_training.data.blocks import Blocks, Sequences, cut_blocks, pad, stack_anchors
@@ -28,12 +28,12 @@ from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.walk import walk
 from dspark_training.features.source import Features, FeatureSource
 from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.eagle3 import Eagle3Drafter
+from dspark_training.models.setup import Drafter
 from dspark_training.target import Target
 
 _GROUP = 4  # sequences in one forward of the target
 _ANCHORS = 64  # of a sequence at once: bounds the logits held
-
-Step = Callable[[Tensor], Tensor]  # ids [B, A] of the tokens before -> draft logits [B, A, V]
 
 
 class HeldOutRounds(NamedTuple):
@@ -63,7 +63,7 @@ class _Drafted(NamedTuple):
 @torch.no_grad()
 def held_out_rounds(
     target: Target,
-    drafter: nn.Module,
+    drafter: Drafter,
     source: FeatureSource,
     vocab: DraftVocab,
     samples: Sequence[Sample],
@@ -77,7 +77,7 @@ def held_out_rounds(
         seed: of the coin flips of sampled answers.
     """
     generator = torch.Generator().manual_seed(seed)
-    columns: list[tuple[np.ndarray, ...]] = []
+    columns: list[tuple[np.ndarray | None, ...]] = []
     for first in range(0, len(samples), _GROUP):
         group = samples[first : first + _GROUP]
         sequences = pad(group)
@@ -97,14 +97,14 @@ def held_out_rounds(
 
 def _row_columns(
     drafted: _Drafted, b: int, visited: list[int], sample: int, temperature: float
-) -> tuple[np.ndarray, ...]:
+) -> tuple[np.ndarray | None, ...]:
     confidence = drafted.confidence_BAK
     return (
         np.full(len(visited), sample),
         np.full(len(visited), temperature),
         drafted.verify_lens_BA[b, visited].numpy(),
         drafted.accepted_BA[b, visited].numpy(),
-        None if confidence is None else confidence[b, visited].float().sigmoid().numpy(),  # type: ignore[return-value]
+        None if confidence is None else confidence[b, visited].numpy(),
         drafted.statistics_BAK3[b, visited].numpy(),
     )
 
@@ -123,7 +123,7 @@ def _visited(sample: Sample, accepted: list[int]) -> list[int]:
 
 def _draft(
     target: Target,
-    drafter: nn.Module,
+    drafter: Drafter,
     vocab: DraftVocab,
     sequences: Sequences,
     features: Features,
@@ -132,17 +132,15 @@ def _draft(
     generator: torch.Generator,
 ) -> _Drafted:
     """Draft behind every anchor, along the text as far as it is accepted."""
-    gamma = drafter.dims.block_size  # type: ignore[union-attr]
-    blocks = cut_blocks(sequences, anchors_BA, int(gamma))
-    step, finish = _steps(drafter, target, vocab, sequences, features, blocks)
+    blocks = cut_blocks(sequences, anchors_BA, drafter.dims.block_size)
+    drafting = _drafting(drafter, target, vocab, sequences, features, blocks)
     heat_BA = temperature_B[:, None].expand(anchors_BA.shape)
     alive_BA = torch.ones_like(anchors_BA, dtype=torch.bool)
     ids_BA = blocks.previous_BAK[..., 0]
-    previous, accepts, statistics = [], [], []
-    for k in range(int(gamma)):
-        previous.append(ids_BA)
-        logits_BAV = step(ids_BA).float()
-        statistics.append(_statistics(logits_BAV, heat_BA, target.config.get_text_config().vocab_size))
+    accepts, statistics = [], []
+    for k in range(drafter.dims.block_size):
+        logits_BAV = drafting.step(ids_BA).float()
+        statistics.append(_statistics(logits_BAV, heat_BA, target.config.vocab_size))
         label_BA = blocks.labels_BAK[..., k]
         own_BA = vocab.ids_V[logits_BAV.argmax(-1)]
         accept_BA = own_BA == label_BA
@@ -158,34 +156,72 @@ def _draft(
         ids_BA = own_BA
     accepted_BA = (torch.stack(accepts, -1) & blocks.valid_BAK).long().sum(-1)
     verify_lens_BA = 1 + blocks.valid_BAK.long().sum(-1)
-    confidence_BAK = finish(torch.stack(previous, -1))
-    return _Drafted(accepted_BA, verify_lens_BA, confidence_BAK, torch.stack(statistics, -2))
+    return _Drafted(accepted_BA, verify_lens_BA, drafting.confidence(), torch.stack(statistics, -2))
 
 
-def _steps(
-    drafter: nn.Module, target: Target, vocab: DraftVocab, sequences: Sequences, features: Features, blocks: Blocks
-) -> tuple[Step, Callable[[Tensor], Tensor | None]]:
-    """How the drafter drafts token by token, and its confidence logits [B, A, K] once all are drafted."""
-    dtype = next(drafter.parameters()).dtype
-    head_VD = target.lm_head_weight_VD[vocab.ids_V].to(dtype)
-    context_BTM = features.context_BTM.to(dtype)
-    if not isinstance(drafter, BlockDrafter):
-        raise NotImplementedError
-    hidden_BAKD = drafter.hidden(context_BTM, blocks.anchors_BA, blocks.previous_BAK[..., 0], target.embed)
-    markov, seen = drafter.markov_head, []
+def _drafting(
+    drafter: Drafter, target: Target, vocab: DraftVocab, sequences: Sequences, features: Features, blocks: Blocks
+) -> _BlockDrafting | _ChainDrafting:
+    context_BTM = features.context_BTM.to(drafter.norm.weight.dtype)
+    if isinstance(drafter, Eagle3Drafter):
+        return _ChainDrafting(drafter, target, vocab, sequences, context_BTM, blocks)
+    return _BlockDrafting(drafter, target, vocab, context_BTM, blocks)
 
-    def step(ids_BA: Tensor) -> Tensor:
-        seen.append(ids_BA)
-        logits_BAV = target.soft_cap(hidden_BAKD[..., len(seen) - 1, :] @ head_VD.T)
+
+class _BlockDrafting:
+    """A block drafter, token by token: the backbone ran once, the Markov head follows the tokens."""
+
+    def __init__(
+        self, drafter: BlockDrafter, target: Target, vocab: DraftVocab, context_BTM: Tensor, blocks: Blocks
+    ) -> None:
+        self._drafter, self._target, self._vocab = drafter, target, vocab
+        self._head_VD = target.lm_head_weight_VD[vocab.ids_V].to(context_BTM.dtype)
+        anchor_ids_BA = blocks.previous_BAK[..., 0]
+        self._hidden_BAKD = drafter.hidden(context_BTM, blocks.anchors_BA, anchor_ids_BA, target.embed)
+        self._previous: list[Tensor] = []
+
+    def step(self, ids_BA: Tensor) -> Tensor:
+        """Draft logits [B, A, V] behind these tokens."""
+        self._previous.append(ids_BA)
+        rows, markov = len(self._previous), self._drafter.markov_head
+        logits_BAV = self._target.soft_cap(self._hidden_BAKD[..., rows - 1, :] @ self._head_VD.T)
         if markov is None:
             return logits_BAV
-        latent_BAR = markov.latent(hidden_BAKD[..., : len(seen), :], torch.stack(seen, -1))[..., -1, :]
-        return logits_BAV + latent_BAR @ markov.markov_w2.weight[vocab.ids_V].T
+        latent_BAR = markov.latent(self._hidden_BAKD[..., :rows, :], torch.stack(self._previous, -1))[..., -1, :]
+        return logits_BAV + latent_BAR @ markov.markov_w2.weight[self._vocab.ids_V].T
 
-    def finish(previous_BAK: Tensor) -> Tensor | None:
-        return None if drafter.confidence_head is None else drafter.confidence(hidden_BAKD, previous_BAK)
+    def confidence(self) -> Tensor | None:
+        """Probabilities [B, A, K], once all is drafted."""
+        if self._drafter.confidence_head is None:
+            return None
+        return self._drafter.confidence(self._hidden_BAKD, torch.stack(self._previous, -1)).float().sigmoid()
 
-    return step, finish
+
+class _ChainDrafting:
+    """An Eagle3 drafter: a step of its chain for each token."""
+
+    def __init__(
+        self,
+        drafter: Eagle3Drafter,
+        target: Target,
+        vocab: DraftVocab,
+        sequences: Sequences,
+        context_BTM: Tensor,
+        blocks: Blocks,
+    ) -> None:
+        self._drafter, self._target = drafter, target
+        self._head_VD = target.lm_head_weight_VD[vocab.ids_V].to(context_BTM.dtype)
+        self._context = drafter.context(context_BTM, sequences.ids_BT.roll(-1, dims=1), target.embed)
+        self._chain = drafter.begin(self._context, blocks.anchors_BA)
+
+    def step(self, ids_BA: Tensor) -> Tensor:
+        """Draft logits [B, A, V] behind these tokens."""
+        hidden_BAD, self._chain = self._drafter.step(self._context, self._chain, ids_BA, self._target.embed)
+        return self._target.soft_cap(hidden_BAD @ self._head_VD.T)
+
+    def confidence(self) -> Tensor | None:
+        """None: there is no head."""
+        return None
 
 
 def _last_hidden(features: Features, blocks: Blocks, k: int) -> Tensor:
