@@ -10,6 +10,7 @@ from dspark_serving.scheduler.calibration_quality import Quality
 from dspark_training.config import RunConfig
 
 _NAMES: dict[str, str] = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle3"}
+QUALITY_TITLE = "\n## Measured: predicted survival of drafts against what was accepted"
 _CARD = """---
 license: {licence}
 base_model: {target}
@@ -19,8 +20,8 @@ tags: [speculative-decoding, {algorithm}]
 
 Drafts {block_size} tokens a round for SGLang with the dspark-serving plugin. Weights in bfloat16, without the target's
 embedding and output head (they are shared at run time). `draft_vocab.json`, if there is one, names the tokens that a
-draft may contain: {vocab_size} of the target's, {coverage:.2%} of the training answers' tokens. `manifest.json` has size
-and SHA-256 of every file (`dspark bundle verify`). Licence: {licence}; the data and the target have their own.
+draft may contain: {vocab_size} of the target's, {coverage:.2%} of the training answers' tokens. `manifest.json` has
+size and SHA-256 of every file (`dspark bundle verify`). Licence: {licence}; the data and the target have their own.
 
 ## How it was trained
 - Network: {num_layers} layers on the hidden states of target layers {layers}; {heads}.
@@ -106,10 +107,10 @@ def quality_section(before: list[Quality], after: list[Quality], answers: int) -
     for position, (old, new) in enumerate(zip(before, after, strict=True), start=1):
         rows.append(f"| {position} | {new.labels} | {old.ece:.3f} | {new.ece:.3f} | {new.auroc:.2f} |")
     return (
-        "\n## Measured: predicted survival of drafts against what was accepted\n"
+        f"{QUALITY_TITLE}\n"
         + "\n".join(rows)
-        + f"\n\nRounds on {answers} answers that were not trained on; fitted to every other one, scored on the rest. The"
-        "\ncalibration that ships is fitted to all of them.\n"
+        + f"\n\nRounds on {answers} answers that were not trained on; fitted to every other one, scored on the rest.\n"
+        "The calibration that ships is fitted to all of them.\n"
     )
 
 

@@ -94,11 +94,16 @@ def write_bundle(
             (partial / VOCABULARY_FILE).write_text(vocabulary_text(spec.draft_token_ids))
         for name, text in files.items():
             (partial / name).write_text(text)
-        if confidence.calibration is not None:
-            confidence.calibration.save(partial / temperatures.FILE_NAME)
-        if confidence.survival_map is not None:
-            confidence.survival_map.save(partial / maps.FILE_NAME)
+        save_confidence(partial, confidence)
         check_weights(read_spec(partial))
+
+
+def save_confidence(directory: Path, confidence: Confidence) -> None:
+    """Write what was fitted where serving finds it: beside the weights."""
+    if confidence.calibration is not None:
+        confidence.calibration.save(directory / temperatures.FILE_NAME)
+    if confidence.survival_map is not None:
+        confidence.survival_map.save(directory / maps.FILE_NAME)
 
 
 def load_bundle(

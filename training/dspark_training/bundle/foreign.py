@@ -72,6 +72,14 @@ def export_foreign(
     return read_spec(directory)
 
 
+def foreign_format(name: str) -> ForeignFormat:
+    """The format of that name; raises OptionError for another."""
+    for format in FOREIGN_FORMATS:
+        if format == name:
+            return format
+    raise OptionError(f"--format {name}", expected=f"one of {', '.join(FOREIGN_FORMATS)}", fix="Correct the option.")
+
+
 def deepspec_config(spec: DrafterSpec) -> dict[str, Any]:
     """config.json as DeepSpec writes it: the target's fields and the drafter's, all at the top level."""
     config = _layer_config(spec) | {"target_layer_ids": list(spec.target_layer_ids)}

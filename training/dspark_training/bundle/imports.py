@@ -1,4 +1,4 @@
-"""From a checkpoint of any format that is read to a bundle: renamed, in bfloat16, without copies of the target's weights."""
+"""From a checkpoint of any format that is read to a bundle: our names, bfloat16, no copies of the target's weights."""
 
 from __future__ import annotations
 
