@@ -23,7 +23,7 @@ _Target = Annotated[Path, typer.Option(help="Checkpoint directory of the target.
 @bundle_app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="A published drafter: DeepSpec's, SpecForge's, z-lab's, speculators'.")
+        Path, typer.Argument(help="A published drafter, of any format that is served.")
     ],
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle to make.")],
     target: _Target,
@@ -46,13 +46,13 @@ def calibrate(
     prompts: Annotated[Path, typer.Option(help="JSONL prompts that were not trained on.")],
     limit: Annotated[int, typer.Option(min=1, help="How many of them.")] = 100,
     temperature: Annotated[
-        list[float] | None, typer.Option(min=0.0, help="Of the answers; repeat for several.")
+        list[float] | None, typer.Option(min=0.0, help="Of the answers; may be repeated.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="Of the target: bfloat16 or float32.")] = "bfloat16",
 ) -> None:
-    """Fit the confidences of a bundle's drafter to rounds over answers of its target, and keep the fit in the bundle."""
+    """Fit the confidences of a bundle's drafter to rounds over answers of its target, and keep them in it."""
     with one_line_errors():
         fitted = _calibrate(
             bundle, target, prompts, limit, tuple(temperature or (0.0, 0.8)), max_new_tokens, batch_size, dtype

@@ -66,7 +66,10 @@ def fit_confidence(rounds: HeldOutRounds) -> Confidence:
 
 
 def fit_and_score(rounds: HeldOutRounds) -> FittedConfidence | None:
-    """Fit to all rounds; score a fit to every other answer on the rest. None, and a warning, with too few rounds."""
+    """Fit to all rounds; score a fit to every other answer on the rest. None, and a warning, with too few rounds.
+
+    Temperatures that do not lower the mean calibration error of the rest are left out: they would be noise.
+    """
     odd_N = rounds.sample_N % 2 == 1
     try:
         shipped, half = fit_confidence(rounds), fit_confidence(rounds.rows(~odd_N))
@@ -75,8 +78,17 @@ def fit_and_score(rounds: HeldOutRounds) -> FittedConfidence | None:
         return None
     rest, gamma = rounds.rows(odd_N), rounds.statistics_NG3.shape[1]
     before = survival_quality(held_out_labels(rest), Calibration.identity(gamma))
-    after = survival_quality(held_out_labels(rest, half.survival_map), half.calibration or Calibration.identity(gamma))
-    return FittedConfidence(shipped, before, after)
+    judged = held_out_labels(rest, half.survival_map)
+    mapped = survival_quality(judged, Calibration.identity(gamma))
+    scaled = survival_quality(judged, half.calibration or Calibration.identity(gamma))
+    if _mean_error(scaled) < _mean_error(mapped):
+        return FittedConfidence(shipped, before, scaled)
+    log.info("temperatures are left out: they do not help on answers that they were not fitted to")
+    return FittedConfidence(shipped._replace(calibration=None), before, mapped)
+
+
+def _mean_error(scores: list[Quality]) -> float:
+    return float(np.nanmean([score.ece for score in scores]))
 
 
 def answered(
