@@ -59,7 +59,7 @@ def flip(path: Path) -> None:
         ("model.safetensors", truncate, "model.safetensors has .* bytes instead of"),
         ("model.safetensors", flip, "model.safetensors has another content"),
         ("config.json", lambda path: path.write_text(path.read_text().replace("0.0", "0.5", 1)), "config.json has"),
-        ("draft_vocab.json", flip, "draft_vocab.json has another content|cannot be read"),
+        ("draft_vocab.json", flip, "draft_vocab.json has another content"),
         ("manifest.json", truncate, "manifest.json cannot be used"),
     ],
 )
@@ -67,9 +67,10 @@ def test_damage_is_named(bundle: Path, name: str, damage: Callable[[Path], objec
     damage(bundle / name)
     with pytest.raises(CheckpointError, match=words):
         load_bundle(bundle)
-    done = CliRunner().invoke(app, ["bundle", "verify", str(bundle)])
-    assert done.exit_code == 2
-    assert name in done.stderr
+    for command in (["bundle", "verify"], ["inspect"]):
+        done = CliRunner().invoke(app, [*command, str(bundle)])
+        assert done.exit_code in (1, 2)
+        assert name in done.output + done.stderr
 
 
 def test_every_file_is_in_the_manifest(bundle: Path) -> None:

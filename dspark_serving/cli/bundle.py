@@ -22,9 +22,7 @@ _Target = Annotated[Path, typer.Option(help="Checkpoint directory of the target.
 
 @bundle_app.command("import")
 def import_(
-    source: Annotated[
-        Path, typer.Argument(help="A published drafter, of any format that is served.")
-    ],
+    source: Annotated[Path, typer.Argument(help="A published drafter, of any format that is served.")],
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle to make.")],
     target: _Target,
 ) -> None:
@@ -45,9 +43,7 @@ def calibrate(
     target: _Target,
     prompts: Annotated[Path, typer.Option(help="JSONL prompts that were not trained on.")],
     limit: Annotated[int, typer.Option(min=1, help="How many of them.")] = 100,
-    temperature: Annotated[
-        list[float] | None, typer.Option(min=0.0, help="Of the answers; may be repeated.")
-    ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(min=0.0, help="Of the answers; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="Of the target: bfloat16 or float32.")] = "bfloat16",

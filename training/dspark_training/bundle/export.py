@@ -20,7 +20,7 @@ from dspark_serving.scheduler import calibration as temperatures
 from dspark_serving.scheduler import survival_map as maps
 from dspark_serving.scheduler.calibration import Calibration
 from dspark_serving.scheduler.survival_map import SurvivalMap
-from dspark_training.bundle.manifest import MANIFEST, check_manifest
+from dspark_training.bundle.manifest import check_drafter_files
 from dspark_training.bundle.network import describe_drafter, network_for
 from dspark_training.bundle.publish import replacing
 from dspark_training.config import DrafterShape
@@ -118,10 +118,8 @@ def load_bundle(
         CheckpointError: a file is missing, damaged or not what the manifest says; config.json contradicts the weights;
             or the networks of this package cannot express the drafter (names the reasons).
     """
+    check_drafter_files(directory)
     spec = read_spec(directory)
-    if (directory / MANIFEST).is_file():
-        read = [CONFIG, WEIGHTS] + [VOCABULARY_FILE] * (spec.draft_token_ids is not None)
-        check_manifest(directory, read)
     drafter = network_for(spec)
     check_weights(spec)
     if target is not None:

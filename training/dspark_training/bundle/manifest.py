@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dspark_serving.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+DRAFTER_FILES = ("config.json", "model.safetensors", "draft_vocab.json")
 _FIX = "Copy the bundle again, or make it again."
 
 
@@ -36,30 +36,47 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_text(_Manifest(files=entries).model_dump_json(indent=2) + "\n")
 
 
-def manifest_problems(directory: Path, names: Iterable[str] | None = None) -> list[str]:
-    """Every way in which the files differ from the manifest; empty when they agree.
-
-    Args:
-        names: files to look at; None for all, where files that the manifest does not name are problems too.
+def manifest_problems(directory: Path) -> list[str]:
+    """Every way in which the files differ from the manifest, files that it does not name included; empty when none.
 
     Raises:
         CheckpointError: there is no manifest, or it is damaged.
     """
     entries = _read(directory)
-    problems = []
-    for name in entries if names is None else names:
-        if name not in entries:
-            problems.append(f"{name} is not in {MANIFEST}")
-        else:
-            problems += _file_problems(directory / name, name, entries[name])
-    if names is None:
-        problems += [f"{name} is not in {MANIFEST}" for name, _ in _files(directory) if name not in entries]
-    return problems
+    problems = [problem for name, entry in entries.items() for problem in _file_problems(directory, name, entry)]
+    return problems + [f"{name} is not in {MANIFEST}" for name, _ in _files(directory) if name not in entries]
 
 
-def check_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Raise CheckpointError when files differ from the manifest; names every one of them. Arguments as above."""
-    problems = manifest_problems(directory, names)
+def drafter_problems(directory: Path) -> list[str]:
+    """The same of the files that a drafter is made of; what else is in the bundle may have been replaced since.
+
+    Drafters of other formats have no manifest, and no problems.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    if not (directory / MANIFEST).is_file():
+        return []
+    entries = _read(directory)
+    return [
+        problem
+        for name in DRAFTER_FILES
+        if name in entries
+        for problem in _file_problems(directory, name, entries[name])
+    ]
+
+
+def check_drafter_files(directory: Path) -> None:
+    """Raise CheckpointError with `drafter_problems`, if there are any."""
+    _raise_for(directory, drafter_problems(directory))
+
+
+def check_manifest(directory: Path) -> None:
+    """Raise CheckpointError with `manifest_problems`, if there are any."""
+    _raise_for(directory, manifest_problems(directory))
+
+
+def _raise_for(directory: Path, problems: list[str]) -> None:
     if problems:
         raise CheckpointError(
             f"the bundle {directory} is not as it was made: {'; '.join(problems)}",
@@ -83,7 +100,8 @@ def _read(directory: Path) -> dict[str, _Entry]:
     return found
 
 
-def _file_problems(path: Path, name: str, entry: _Entry) -> list[str]:
+def _file_problems(directory: Path, name: str, entry: _Entry) -> list[str]:
+    path = directory / name
     if not path.is_file():
         return [f"{name} is missing"]
     if path.stat().st_size != entry.bytes:
