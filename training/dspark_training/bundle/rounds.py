@@ -211,12 +211,13 @@ class _ChainDrafting:
     ) -> None:
         self._drafter, self._target = drafter, target
         self._head_VD = target.lm_head_weight_VD[vocab.ids_V].to(context_BTM.dtype)
-        self._context = drafter.context(context_BTM, sequences.ids_BT.roll(-1, dims=1), target.embed)
+        first_B = torch.zeros(len(context_BTM), dtype=torch.long)
+        self._context = drafter.context(context_BTM, sequences.ids_BT.roll(-1, dims=1), first_B, target.embed)
         self._chain = drafter.begin(self._context, blocks.anchors_BA)
 
     def step(self, ids_BA: Tensor) -> Tensor:
         """Draft logits [B, A, V] behind these tokens."""
-        hidden_BAD, self._chain = self._drafter.step(self._context, self._chain, ids_BA, self._target.embed)
+        hidden_BAD, self._chain = self._drafter.step(self._context.rows, self._chain, ids_BA, self._target.embed)
         return self._target.soft_cap(hidden_BAD @ self._head_VD.T)
 
     def confidence(self) -> Tensor | None:
