@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +20,13 @@ from dspark_training.objectives.build import build_objective
 from dspark_training.objectives.supervision import supervise
 from dspark_training.target import Target
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from tests.eagle3_models import Drafter, make_eagle3, speculative_decode
 from tests.tiny_models import VOCAB_SIZE, make_tiny_target
+from tests.ttt_reference import STEPS, Ttt, looks_ahead, published_mask
 
 PROMPT = [40, 41, 42, 70, 71, 40, 41, 42, 90]
 LAYER_IDS = (0, 1, 2)
-STEPS = 4
 SOME_IDS = sorted(random.Random(3).sample(range(VOCAB_SIZE), 200))
 
 
@@ -139,92 +137,7 @@ def test_the_walk_equals_real_speculative_decoding(tiny: Tiny) -> None:
     assert got[: len(inside)] == inside
 
 
-# The objective: EAGLE-3's training-time test over whole sequences, one sequence at a time, under its mask.
-
-Sees = Callable[[int, int, int, int], bool]  # (query index, query pass, key index, key pass)
-
-
-def published_mask(i: int, s: int, j: int, r: int) -> bool:
-    """The first pass is causal; of later passes a row sees its own index, up to now."""
-    return j <= i if r == 0 else j == i and r <= s
-
-
-def looks_ahead(i: int, s: int, j: int, r: int) -> bool:
-    """The mistake of seeing one row too many of the first pass."""
-    return j <= i + 1 if r == 0 else j == i and r <= s
-
-
-class Ttt:
-    """EAGLE-3's objective by its definition on plain tensors; imports nothing of the package's model."""
-
-    def __init__(self, weights: dict[str, Tensor], target: Target, allowed: list[int]) -> None:
-        self.weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
-        self._model, self._allowed = target.model, torch.tensor(allowed)
-
-    def loss(self, ids: list[list[int]], anchors: list[list[int]], sees: Sees = published_mask) -> Tensor:
-        """Sum of 0.8^s CE over the chains whose first row is anchor - 1, as a mean by weight; ids are unpadded."""
-        total, weight = torch.zeros(()), 0.0
-        for row, chosen in zip(ids, anchors, strict=True):
-            logits_T, features_TM = self._run_target(row)
-            outputs = self._passes(row, features_TM, sees)
-            for anchor in chosen:
-                for s in range(min(STEPS, len(row) - 1 - anchor)):
-                    i = anchor - 1  # pass s of row i predicts token i + 2 + s
-                    target_p = logits_T[i + 1 + s].softmax(-1)[self._allowed]
-                    if int(logits_T[i + 1 + s].argmax()) not in self._allowed.tolist():
-                        continue
-                    head = self._model.get_output_embeddings().weight[self._allowed]
-                    log_q = (head @ outputs[s][i]).log_softmax(-1)
-                    total = total - 0.8**s * (target_p * log_q).sum()
-                    weight += 0.8**s
-        return total / weight
-
-    @torch.no_grad()
-    def _run_target(self, row: list[int]) -> tuple[Tensor, Tensor]:
-        out = self._model(torch.tensor([row]), output_hidden_states=True)
-        return out.logits[0], torch.cat([out.hidden_states[i + 1][0] for i in LAYER_IDS], -1)
-
-    def _passes(self, row: list[int], features_TM: Tensor, sees: Sees) -> list[Tensor]:
-        """Normed output of every pass, [T, D] each; ids shift by one from pass to pass."""
-        length, w = len(row), self.weights
-        hidden_TD = linear(features_TM, w["fc.weight"])
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        normed = []
-        for s in range(STEPS):
-            tokens = [*row[1 + s :], *[0] * (1 + s)]
-            embeds_TD = self._model.get_input_embeddings().weight[tokens]
-            wide = torch.cat([self._norm(embeds_TD, "input_layernorm"), self._norm(hidden_TD, "hidden_norm")], -1)
-            q, k, v = (linear(wide, w[f"layers.0.self_attn.{n}_proj.weight"]).view(length, -1, 16) for n in "qkv")
-            q, k = self._norm(q, "self_attn.q_norm"), self._norm(k, "self_attn.k_norm")
-            keys.append(self._rotate(k, s))
-            values.append(v)
-            seen = [[sees(i, s, j, r) for r in range(s + 1) for j in range(length)] for i in range(length)]
-            attended = self._attend(self._rotate(q, s), torch.cat(keys), torch.cat(values), torch.tensor(seen))
-            hidden_TD = hidden_TD + linear(attended, w["layers.0.self_attn.o_proj.weight"])
-            inner = self._norm(hidden_TD, "post_attention_layernorm")
-            gate, up = (linear(inner, w[f"layers.0.mlp.{n}_proj.weight"]) for n in ("gate", "up"))
-            hidden_TD = hidden_TD + linear(silu(gate) * up, w["layers.0.mlp.down_proj.weight"])
-            normed.append(self._norm(hidden_TD, None))
-        return normed
-
-    def _attend(self, q_THE: Tensor, k_SGE: Tensor, v_SGE: Tensor, seen_TS: Tensor) -> Tensor:
-        heads = []
-        for head in range(6):
-            scores = q_THE[:, head] @ k_SGE[:, head // 3].T / 4.0
-            heads.append(scores.masked_fill(~seen_TS, float("-inf")).softmax(-1) @ v_SGE[:, head // 3])
-        return torch.cat(heads, -1)
-
-    def _rotate(self, x_THE: Tensor, first: int) -> Tensor:
-        """Row i of pass s stands at position i + s; pairs (e, e + 8) of the head turn together."""
-        frequency = 10000.0 ** (-torch.arange(8) / 8)
-        angles = (first + torch.arange(len(x_THE)))[:, None, None] * frequency
-        low, high = x_THE[..., :8], x_THE[..., 8:]
-        return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], -1)
-
-    def _norm(self, x: Tensor, name: str | None) -> Tensor:
-        weight = self.weights["norm.weight" if name is None else f"layers.0.{name}.weight"]
-        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+# The objective
 
 
 def batches(n: int) -> list[tuple[Sequences, list[list[int]], Blocks]]:
@@ -250,7 +163,7 @@ def chosen(blocks: Blocks) -> list[list[int]]:
 @pytest.mark.parametrize("allowed", [list(range(VOCAB_SIZE)), SOME_IDS], ids=["whole", "reduced"])
 def test_the_loss_curve_equals_training_time_test_written_out(tiny: Tiny, allowed: list[int]) -> None:
     _, target, drafter = tiny
-    reference = Ttt(drafter.state_dict(), target, allowed)
+    reference = Ttt(drafter.state_dict(), target.model, LAYER_IDS, allowed)
     objective = build_objective("eagle3", drafter, target, DraftVocab(allowed, VOCAB_SIZE), OptimConfig(steps=1))
     source = OnlineFeatures(target, LAYER_IDS)
     ours = torch.optim.SGD(drafter.parameters(), lr=0.05)
@@ -272,7 +185,7 @@ def test_the_loss_curve_equals_training_time_test_written_out(tiny: Tiny, allowe
 def test_a_row_that_looks_ahead_is_caught(tiny: Tiny) -> None:
     """The comparison above tells the published mask from one that is off by a row."""
     _, target, drafter = tiny
-    reference = Ttt(drafter.state_dict(), target, list(range(VOCAB_SIZE)))
+    reference = Ttt(drafter.state_dict(), target.model, LAYER_IDS, list(range(VOCAB_SIZE)))
     _, ids, blocks = batches(1)[0]
     right, wrong = (reference.loss(ids, chosen(blocks), sees).item() for sees in (published_mask, looks_ahead))
     assert wrong != pytest.approx(right, rel=1e-3)
@@ -285,12 +198,12 @@ def test_rows_are_judged_one_by_one(tiny: Tiny) -> None:
     sequences, ids, blocks = batches(1)[0]
     with torch.no_grad():
         losses = objective(supervise(OnlineFeatures(target, LAYER_IDS), target, sequences, objective.vocab), blocks)
-        reference = Ttt(drafter.state_dict(), target, SOME_IDS)
+        reference = Ttt(drafter.state_dict(), target.model, LAYER_IDS, SOME_IDS)
         head = target.lm_head_weight_VD[SOME_IDS]
         rows = iter(zip(losses.agrees_N.tolist(), losses.acceptance_N.tolist(), strict=True))
         for b, row in enumerate(ids):
-            logits_T, features = reference._run_target(row)
-            outputs = reference._passes(row, features, published_mask)
+            logits_T, features = reference.run_target(row)
+            outputs = reference.passes(row, features, published_mask)
             for anchor, valid_K in zip(blocks.anchors_BA[b].tolist(), blocks.valid_BAK[b].tolist(), strict=True):
                 for s, valid in enumerate(valid_K):
                     agrees, acceptance = next(rows)

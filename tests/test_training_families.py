@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ from dspark_training.models.setup import Drafter, dims_for, new_drafter
 from dspark_training.target import Target
 from dspark_training.trainer import Trainer
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dspark_serving.drafters import check_fit, make_view
 from dspark_serving.errors import CheckpointError
 from tests import eagle3_models
 from tests.block_reference import BlockReference
-from tests.tiny_models import Arch, make_tiny_target
+from tests.tiny_models import Arch, make_tiny_target, write_tokenizer
 
 LAYER_IDS = (0, 2)
 GAMMA = 3
@@ -155,6 +155,24 @@ def test_features_are_what_transformers_shows(target: Target) -> None:
     torch.testing.assert_close(logits, out.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_capped_attention_scores_are_kept(tmp_path: Path) -> None:
+    """Gemma 2, whose attention no fused kernel computes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
+    config = Gemma2Config(**sizes, **heads, attn_logit_softcapping=0.5, attn_implementation="eager")
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    ids_BT = torch.tensor([PROMPT])
+    want = model.eval()(ids_BT, output_hidden_states=True).hidden_states[2]
+    got = Target.load(tmp_path).features(ids_BT, torch.ones_like(ids_BT), (1,)).context_BTM
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_changes_no_features(target: Target) -> None:
     long, short = PROMPT * 3, PROMPT * 2
     sequences = pad([Sample(str(len(ids)), "x", 0.0, ids, [(1, len(ids))]) for ids in (long, short)])
@@ -180,11 +198,11 @@ def test_answers_are_the_targets_own(target: Target) -> None:
 @pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
 def test_layers_start_from_the_targets(target: Target, algorithm: Any) -> None:
     drafter = new_drafter(target, shape("", init_layers=(1, 2)), algorithm, seed=0)
-    source = target.decoder.layers[1]
-    assert torch.equal(drafter.layers[0].mlp.up_proj.weight, source.mlp.up_proj.weight)
+    source, first = target.decoder.layers[1], cast(Any, drafter.layers[0])
+    assert torch.equal(first.mlp.up_proj.weight, source.mlp.up_proj.weight)
     x = torch.randn(3, target.config.hidden_size)
     torch.testing.assert_close(drafter.norm(x), target.decoder.norm(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(drafter.layers[0].input_layernorm(x), source.input_layernorm(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.input_layernorm(x), source.input_layernorm(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_target_that_shows_no_layers_is_refused() -> None:

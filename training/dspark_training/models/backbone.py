@@ -7,7 +7,7 @@ R Markov rank. Sources: DFlash (arXiv 2602.06036) for the backbone, DSpark (arXi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class BlockDrafter(nn.Module):
     def context(self, features_BTM: Tensor, first_B: Tensor) -> list[KeysValues]:
         """What each layer keeps of features, row t of sequence b at position first_B[b] + t."""
         context_BTD = self.hidden_norm(self.fc(features_BTM))
-        return [layer.self_attn.context(context_BTD, first_B) for layer in self.layers]
+        return [cast(DraftLayer, layer).self_attn.context(context_BTD, first_B) for layer in self.layers]
 
     def hidden_behind(
         self, context: Sequence[KeysValues], anchors_BA: Tensor, anchor_ids_BA: Tensor, embed: Embed

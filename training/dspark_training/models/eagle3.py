@@ -10,7 +10,7 @@ captured layers. Sources: EAGLE-3 (arXiv 2503.01840); DeepSpec's Qwen3Eagle3Mode
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,4 +119,4 @@ class Eagle3Drafter(nn.Module):
 
     @property
     def _layer(self) -> ChainLayer:
-        return self.layers[0]
+        return cast(ChainLayer, self.layers[0])
