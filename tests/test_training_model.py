@@ -40,6 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     make_tiny_drafter(root / "drafter", config, gamma=4)
     target = Target.load(root / "target")
     drafter, spec = load_bundle(root / "drafter")
+    assert isinstance(drafter, BlockDrafter)
     return Tiny(root, target, drafter, spec)
 
 
@@ -132,6 +133,7 @@ def test_an_exported_bundle_drafts_like_the_trained_drafter(tiny: Tiny, tmp_path
     scale = torch.rand(features_of(target, spec, PROMPT).shape[-1]) + 0.5
     export_bundle(tmp_path / "bundle", drafter, target, shape, vocab, scale, "card", {"steps": 1})
     served, served_spec = load_bundle(tmp_path / "bundle")
+    assert isinstance(served, BlockDrafter)
     check_weights(served_spec)
     check_fit(served_spec, json.loads((root / "target" / "config.json").read_text()))
     assert served_spec.draft_token_ids == (3, 5, 40, 41, 300)

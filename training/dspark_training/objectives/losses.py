@@ -61,7 +61,7 @@ def dspark_losses(
         confidence_N: confidence logits; None for a drafter without that head, whose term is 0.
         row_weights_N: from position_weights.
     """
-    ce_shares_N, l1_shares_N = _shares(row_weights_N * (labels_N >= 0)), _shares(row_weights_N)
+    ce_shares_N, l1_shares_N = shares_of(row_weights_N * (labels_N >= 0)), shares_of(row_weights_N)
     shares = RowWeights(ce_N=weights.ce * ce_shares_N, l1_N=weights.l1 * l1_shares_N)
     total, rows = vocabulary_loss(draft, target, labels_N, shares)
     acceptance_N = (1.0 - 0.5 * rows.l1_N).clamp(0.0, 1.0)
@@ -79,6 +79,6 @@ def dspark_losses(
     )
 
 
-def _shares(weights_N: Tensor) -> Tensor:
+def shares_of(weights_N: Tensor) -> Tensor:
     """Weights of a weighted mean."""
     return weights_N / weights_N.sum().clamp_min(1e-6)

@@ -17,6 +17,7 @@ from dspark_training.target import Target
 class Supervision(NamedTuple):
     """The target's features and its next-token distributions, in factors; used by several optimizer steps."""
 
+    ids_BT: Tensor  # of the sequences
     features_BTM: Tensor  # scaled, see Features.context_BTM
     last_BTD: Tensor  # the target's lm_head input: position t predicts token t + 1
     normaliser_BT: Tensor  # log sum exp of the target's logits; inf (no mass at all) where nothing is predicted
@@ -40,4 +41,5 @@ def supervise(source: FeatureSource, target: Target, sequences: Sequences, vocab
     """Get what the target says about the sequences."""
     features = source(sequences)
     normaliser_BT = features.normaliser_BT.masked_fill(~sequences.predicting_BT, torch.inf)
-    return Supervision(features.context_BTM, features.last_BTD, normaliser_BT, vocab.columns_T[features.top_BT])
+    top_BT = vocab.columns_T[features.top_BT]
+    return Supervision(sequences.ids_BT, features.context_BTM, features.last_BTD, normaliser_BT, top_BT)
