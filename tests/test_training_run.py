@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from dspark_training import checkpoint
-from dspark_training.config import DataConfig, DrafterShape, OptimConfig, RunConfig
+from dspark_training.config import DataConfig, DrafterShape, FeaturesConfig, OptimConfig, RunConfig
 from dspark_training.data.answers import write_prompts
 from dspark_training.data.blocks import cut_blocks, draw_anchors, pad
 from dspark_training.data.generate import Request, complete
 from dspark_training.data.store import Sample, SampleStore, read_prompts
 from dspark_training.data.vocab import DraftVocab
+from dspark_training.features.compress import CodecName
 from dspark_training.optimizer import learning_rate
 from dspark_training.run import DEMO_RECIPE, load_recipe
 from dspark_training.target import Target
@@ -160,6 +162,36 @@ def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: P
     for (name, a), b in zip(whole.drafter.state_dict().items(), resumed.drafter.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
     assert [r["validation_loss"] for r in resumed.history] == [r["validation_loss"] for r in whole.history]
+
+
+@pytest.mark.parametrize("codec", ["int8", "int3"])
+def test_training_from_a_cache_follows_the_online_run_and_resumes_exactly(
+    target: Target, tmp_path: Path, codec: CodecName
+) -> None:
+    def run(name: str, features: FeaturesConfig, on_step: Callable[[StepReport], None] = lambda r: None) -> Trainer:
+        trainer = Trainer(
+            config(40, 3e-3).model_copy(update={"features": features}), target, samples(), tmp_path / name
+        )
+        trainer.run(on_step)
+        return trainer
+
+    def kill(report: StepReport) -> None:
+        if report.step == 27:
+            raise KilledError
+
+    cached = FeaturesConfig(source="cached", codec=codec, cap_gb=0.01)
+    online, whole = run("online", FeaturesConfig()), run("whole", cached)
+    with pytest.raises(KilledError):
+        run("cut", cached, kill)
+    resumed = run("cut", cached)
+    for (name, a), b in zip(whole.drafter.state_dict().items(), resumed.drafter.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    losses = {t: [row["validation_loss"] for row in t.history] for t in (online, whole)}
+    fallen = losses[online][0] - losses[online][-1]
+    apart = max(abs(a - b) for a, b in zip(losses[online], losses[whole], strict=True))
+    assert 0 < apart < (0.02 if codec == "int8" else 0.1) * fallen
+    assert whole.history[-1]["cache_misses"] == len(samples()), "each sample is computed once"
+    assert whole.history[-1]["cache_hits"] > 0
 
 
 def test_a_half_written_checkpoint_is_never_seen(target: Target, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dspark_training.features.compress import CodecName
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +71,15 @@ class OptimConfig(_Frozen):
     pool: int = Field(8, gt=0, description="target forwards whose anchors are mixed, so that successive steps differ")
 
 
+class FeaturesConfig(_Frozen):
+    """Where the target's features come from in every epoch."""
+
+    source: Literal["online", "cached"] = Field("online", description="run the target each time, or keep features")
+    codec: CodecName = Field("int8", description="of cached features; int3 takes under 1/4 of bf16's bytes")
+    cap_gb: float = Field(8.0, gt=0, description="limit on disk in 10^9 bytes; the oldest features make room")
+    directory: str | None = Field(None, description="of the cache; default: features/ under the work directory")
+
+
 class RunConfig(_Frozen):
     """One training run: a recipe file holds exactly these fields."""
 
@@ -76,6 +87,7 @@ class RunConfig(_Frozen):
     data: DataConfig
     drafter: DrafterShape
     optim: OptimConfig
+    features: FeaturesConfig = FeaturesConfig()
     seed: int = 7
     threads: int = Field(0, ge=0, description="CPU threads, 0: as torch chooses")
     save_every_seconds: float = Field(120.0, gt=0)

@@ -22,6 +22,7 @@ from dspark_training.data.blocks import Sequences, cut_blocks, draw_anchors, pad
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
+from dspark_training.features.cache import CachedFeatures, CacheIdentity
 from dspark_training.features.source import FeatureSource, OnlineFeatures
 from dspark_training.models.backbone import BlockDrafter
 from dspark_training.models.setup import feature_scale, new_drafter
@@ -75,7 +76,7 @@ class Trainer:
         self.drafter: BlockDrafter = new_drafter(target, config.drafter, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
         self.scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], self.layer_ids)
-        self.source: FeatureSource = OnlineFeatures(target, self.layer_ids, self.scale_M)
+        self.source = self._feature_source()
         self.optimizer = build_optimizer(self.drafter, config.optim)
         weights = Weights(config.optim.ce_weight, config.optim.l1_weight, config.optim.confidence_weight)
         self.objective = BlockObjective(self.drafter, target, self.vocab, weights, config.optim.position_decay)
@@ -105,6 +106,16 @@ class Trainer:
             if time.monotonic() - saved > self.config.save_every_seconds:
                 self._save()
                 saved = time.monotonic()
+
+    def _feature_source(self) -> FeatureSource:
+        features = self.config.features
+        online = OnlineFeatures(self.target, self.layer_ids, self.scale_M)
+        if features.source == "online":
+            return online
+        directory = Path(features.directory) if features.directory else self.output / "features"
+        identity = CacheIdentity.of(self.target, self.layer_ids, self.scale_M)
+        dtype = self.target.model.dtype
+        return CachedFeatures(online, directory, int(features.cap_gb * 1e9), features.codec, identity, dtype)
 
     def _pools(self) -> Iterator[list[Batch]]:
         """Run the target over a few groups of sequences and shuffle the optimizer steps that they give."""
@@ -155,6 +166,8 @@ class Trainer:
     def _validate(self, validation: Validation, loss: float) -> None:
         result = validation.run(self.objective, self.config.drafter.block_size)
         row = {"step": self.step, "seconds": round(self.seconds, 1), "tokens": self.tokens, "loss": loss}
+        if isinstance(self.source, CachedFeatures):
+            row |= {f"cache_{key}": value for key, value in self.source.counts._asdict().items()}
         self.history.append(row | result)
         self.output.mkdir(parents=True, exist_ok=True)
         with (self.output / "log.jsonl").open("a") as file:
