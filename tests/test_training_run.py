@@ -189,7 +189,7 @@ def test_training_from_a_cache_follows_the_online_run_and_resumes_exactly(
     losses = {t: [row["validation_loss"] for row in t.history] for t in (online, whole)}
     fallen = losses[online][0] - losses[online][-1]
     apart = max(abs(a - b) for a, b in zip(losses[online], losses[whole], strict=True))
-    assert 0 < apart < (0.02 if codec == "int8" else 0.1) * fallen
+    assert 0 < apart < (0.05 if codec == "int8" else 0.15) * fallen
     assert whole.history[-1]["cache_misses"] == len(samples()), "each sample is computed once"
     assert whole.history[-1]["cache_hits"] > 0
 
