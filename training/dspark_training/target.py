@@ -113,7 +113,7 @@ class Target:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.config = model.config
+        self.config = model.config.get_text_config()
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Target:
@@ -129,8 +129,13 @@ class Target:
                 fix="Run `dspark assets smollm2`, or pass --target with a local checkpoint.",
             )
         config = AutoConfig.from_pretrained(path)
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None  # Gemma 2
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, attn_implementation=_ATTENTION
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager" if capped else _ATTENTION,
         )
         return cls(model, AutoTokenizer.from_pretrained(path))
 
@@ -153,10 +158,27 @@ class Target:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
+    def decoder(self) -> nn.Module:
+        """The stack of decoder layers (`layers`) with its final norm (`norm`).
+
+        Raises:
+            CheckpointError: the model doesn't show its layers, so there is nothing for a drafter to learn from.
+        """
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == self.config.num_hidden_layers:
+            return decoder
+        raise CheckpointError(
+            f"a {type(self.model).__name__} exposes no hidden states of its layers",
+            expected="a decoder of the Llama, Qwen2, Qwen3 or Gemma kind, with its layers in `layers`",
+            fix="Choose another target.",
+        )
+
+    @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer."""
+        """Ids that end an answer; empty for a target that names none."""
         stop = self.model.generation_config.eos_token_id
-        return frozenset(stop if isinstance(stop, list) else [stop])
+        return frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
 
     def new_cache(self) -> Cache:
         return Cache(layers=[SlabLayer() for _ in range(self.config.num_hidden_layers)])
@@ -184,15 +206,18 @@ class Target:
             ids_BT: token ids, right-padded.
             mask_BT: 1 where a token is real.
             layer_ids: decoder layers whose output is captured (layer l is HF hidden_states[l + 1]).
+
+        Raises:
+            CheckpointError: see `decoder`.
         """
         captured: dict[int, Tensor] = {}
-        layers = self.model.base_model.layers
+        decoder = self.decoder
         hooks = [
-            layers[i].register_forward_hook(lambda _m, _a, out, i=i: captured.__setitem__(i, _hidden_of(out)))
+            decoder.layers[i].register_forward_hook(lambda _m, _a, out, i=i: captured.__setitem__(i, _hidden_of(out)))
             for i in layer_ids
         ]
         try:
-            out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            out = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()

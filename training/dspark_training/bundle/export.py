@@ -16,7 +16,8 @@ from dspark_serving.drafters import DrafterSpec, read_spec
 from dspark_serving.errors import CheckpointError
 from dspark_training.config import DrafterShape
 from dspark_training.data.vocab import DraftVocab
-from dspark_training.models.backbone import BlockDrafter, DrafterDims
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.layers import DrafterDims
 from dspark_training.target import Target
 
 

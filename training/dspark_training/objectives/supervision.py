@@ -19,6 +19,7 @@ class Supervision(NamedTuple):
     features_BTM: Tensor  # scaled, see Features.context_BTM
     probs_NV: Tensor  # target probabilities of the draft vocabulary, a row for each predicting position
     top_N: Tensor  # draft column of the target's greedy token, -1 outside
+    ids_BT: Tensor  # of the sequences
     rows_BT: Tensor  # row of position t (whose hidden state predicts token t + 1), 0 where unused
 
     def rows_of(self, blocks: Blocks) -> Tensor:
@@ -37,4 +38,5 @@ def supervise(source: FeatureSource, target: Target, sequences: Sequences, vocab
     head_VD = target.lm_head_weight_VD[vocab.ids_V]
     logits_NV = target.soft_cap(features.last_BTD[wanted_BT].to(head_VD.dtype) @ head_VD.T).float()
     probs_NV = (logits_NV - features.normaliser_BT[wanted_BT][:, None]).exp_()
-    return Supervision(features.context_BTM, probs_NV, vocab.columns_T[features.top_BT[wanted_BT]], rows_BT)
+    top_N = vocab.columns_T[features.top_BT[wanted_BT]]
+    return Supervision(features.context_BTM, probs_NV, top_N, sequences.ids_BT, rows_BT)
