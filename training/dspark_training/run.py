@@ -13,28 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-
-from dspark_serving.errors import DataError, OptionError
+from dspark_serving.errors import DataError
 from dspark_training.bundle.card import write_card
 from dspark_training.bundle.export import export_bundle
 from dspark_training.config import RunConfig
 from dspark_training.data.answers import Progress, answer, with_suffix, write_prompts
 from dspark_training.data.store import Prompt, Sample, read_prompts
 from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
+from dspark_training.processes import launched
+from dspark_training.recipe import provenance
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
 
 log = logging.getLogger(__name__)
 
 EVALUATION_TOKENS = 256
-DEMO_RECIPE = Path(__file__).parent / "recipes" / "smollm2_135m_dspark.json"
 StageProgress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 def run_recipe(
-    recipe: Path,
-    target_path: Path,
+    config: RunConfig,
+    target: Target,
     bundle: Path,
     work: Path,
     evaluation_files: list[Path],
@@ -43,41 +42,31 @@ def run_recipe(
 ) -> list[dict[str, Any]]:
     """Run a recipe from its prompts to the bundle; every stage resumes what an earlier run left in `work`.
 
+    In several processes (see processes.py) the first one makes the data, the evaluation and the bundle.
+
     Returns:
-        One row per evaluation file (see evaluate_drafter).
+        One row per evaluation file (see evaluate_drafter); none in other processes than the first.
 
     Raises:
-        DsparkError: the recipe, a prompt file or the target cannot be used, or training diverged.
+        DsparkError: a prompt file or the target cannot be used, or training diverged.
     """
-    config = load_recipe(recipe)
     if config.threads:
         torch.set_num_threads(config.threads)
+    processes = launched(target.model.device)
     evaluation = {path.stem: read_prompts(path) for path in evaluation_files}
-    target = Target.load(target_path)
     work.mkdir(parents=True, exist_ok=True)
-    prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
-    samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
-    return train_to_bundle(
-        config, target, samples, evaluation, work, bundle, on_step, partial(on_answers, "answers for evaluation")
-    )
-
-
-def load_recipe(path: Path) -> RunConfig:
-    """Read a recipe; every field is validated before anything runs.
-
-    Raises:
-        OptionError: the file is missing, or a field is unknown or out of bounds; names the first such field.
-    """
-    try:
-        return RunConfig.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        raise OptionError(f"{path} does not exist", expected="a recipe in JSON", fix="Check the path.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise OptionError(
-            f"{path}: {field} is wrong ({first['msg']})", expected="a valid recipe", fix="Correct that field."
-        ) from None
+    with processes.one_after_first():
+        prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
+        samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
+    trainer = Trainer(config, target, samples, work, processes)
+    files = [Path(name) for name in config.data.prompts] + [work / "written_prompts.jsonl", work / "samples.jsonl"]
+    origin = provenance(config, files)
+    if processes.first:
+        (work / "run.json").write_text(json.dumps(origin, indent=1))
+    trainer.run(on_step)
+    if not processes.first:
+        return []
+    return finish_bundle(trainer, samples, evaluation, origin, bundle, partial(on_answers, "answers for evaluation"))
 
 
 def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path, progress: Progress) -> list[Prompt]:
@@ -131,30 +120,27 @@ def collect_samples(
     return list(store)
 
 
-def train_to_bundle(
-    config: RunConfig,
-    target: Target,
+def finish_bundle(
+    trainer: Trainer,
     samples: list[Sample],
     evaluation_prompts: dict[str, list[Prompt]],
-    output: Path,
+    origin: dict[str, Any],
     bundle: Path,
-    on_step: Callable[[StepReport], None],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train, evaluate and export; returns the evaluation's rows (see evaluate_drafter)."""
-    trainer = Trainer(config, target, samples, output)
-    trainer.run(on_step)
-    rows = evaluate_drafter(trainer, evaluation_prompts, output, progress)
+    """Evaluate and export a trained drafter; returns the evaluation's rows (see evaluate_drafter)."""
+    config = trainer.config
+    rows = evaluate_drafter(trainer, evaluation_prompts, trainer.output, progress)
     facts = _facts(trainer, samples, rows)
     export_bundle(
         bundle,
         trainer.drafter,
-        target,
+        trainer.target,
         config.drafter,
         trainer.vocab,
         trainer.scale_M,
         write_card(config, facts),
-        {"recipe": config.model_dump(mode="json"), "facts": facts, "history": trainer.history},
+        {**origin, "facts": facts, "history": trainer.history},
     )
     return rows
 
