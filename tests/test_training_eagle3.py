@@ -80,12 +80,12 @@ def test_it_drafts_what_the_served_drafters_reference_drafts(tiny: Tiny) -> None
         ids = PROMPT[:length]
         features = features_of(target, ids)[:, :-1]
         want = reference.draft(ids, features[0])
-        context = drafter.context(features, torch.tensor([ids[1:]]), target.embed)
+        context = drafter.context(features, torch.tensor([ids[1:]]), torch.tensor([0]), target.embed)
         chain = drafter.begin(context, torch.tensor([[length - 1]]))
         token, probabilities = ids[-1], []
         tokens = []
         for _ in range(STEPS):
-            hidden, chain = drafter.step(context, chain, torch.tensor([[token]]), target.embed)
+            hidden, chain = drafter.step(context.rows, chain, torch.tensor([[token]]), target.embed)
             probability, best = (hidden[0, 0] @ target.lm_head_weight_VD.T).softmax(-1).max(-1)
             token = int(best)
             tokens.append(token)
@@ -170,7 +170,7 @@ class Ttt:
             for anchor in chosen:
                 for s in range(min(STEPS, len(row) - 1 - anchor)):
                     i = anchor - 1  # pass s of row i predicts token i + 2 + s
-                    target_p = logits_T[i + 1 + s][self._allowed].softmax(-1)
+                    target_p = logits_T[i + 1 + s].softmax(-1)[self._allowed]
                     if int(logits_T[i + 1 + s].argmax()) not in self._allowed.tolist():
                         continue
                     head = self._model.get_output_embeddings().weight[self._allowed]

@@ -92,6 +92,13 @@ class FeaturesConfig(_Frozen):
     directory: str | None = Field(None, description="of the cache; default: features/ under the work directory")
 
 
+class WarmStartConfig(_Frozen):
+    """A drafter that the weights start from."""
+
+    path: str = Field(description="directory in any format that serving reads")
+    part: Literal["all", "heads", "backbone"] = "all"
+
+
 class RunConfig(_Frozen):
     """One training run: a recipe file holds exactly these fields."""
 
@@ -100,6 +107,7 @@ class RunConfig(_Frozen):
     drafter: DrafterShape
     optim: OptimConfig
     features: FeaturesConfig = FeaturesConfig()
+    warm_start: WarmStartConfig | None = None
     seed: int = 7
     threads: int = Field(0, ge=0, description="CPU threads, 0: as torch chooses")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dspark_serving.errors import DataError
-from dspark_training.bundle.card import write_card
-from dspark_training.bundle.export import export_bundle
+from dspark_training.bundle.finish import finish_bundle
 from dspark_training.config import RunConfig
 from dspark_training.data.answers import Progress, answer
 from dspark_training.data.conversation import Prompt
@@ -68,7 +68,9 @@ def run_recipe(
     trainer.run(on_step)
     if not processes.first:
         return []
-    return finish_bundle(trainer, samples, evaluation, origin, bundle, partial(on_answers, "answers for evaluation"))
+    return evaluate_and_bundle(
+        trainer, samples, evaluation, origin, bundle, partial(on_answers, "answers for evaluation")
+    )
 
 
 def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path, progress: Progress) -> list[Prompt]:
@@ -124,7 +126,7 @@ def collect_samples(
     return list(store)
 
 
-def finish_bundle(
+def evaluate_and_bundle(
     trainer: Trainer,
     samples: list[Sample],
     evaluation_prompts: dict[str, list[Prompt]],
@@ -132,18 +134,20 @@ def finish_bundle(
     bundle: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Evaluate and export a trained drafter; returns the evaluation's rows (see evaluate_drafter)."""
+    """Measure a trained drafter and write its bundle; returns the evaluation's rows (see evaluate_drafter)."""
     config = trainer.config
     rows = evaluate_drafter(trainer, evaluation_prompts, trainer.output, progress)
     facts = _facts(trainer, samples, rows)
-    export_bundle(
+    finish_bundle(
         bundle,
+        config,
         trainer.drafter,
         trainer.target,
-        config.drafter,
         trainer.vocab,
         trainer.scale_M,
-        write_card(config, facts),
+        trainer.source,
+        trainer.validation_samples,
+        facts,
         {**origin, "facts": facts, "history": trainer.history},
     )
     return rows

@@ -152,9 +152,14 @@ class Target:
         """Factor by which the target multiplies the rows of its embedding; 1 but for Gemma."""
         return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
+    @property
+    def final_soft_cap(self) -> float | None:
+        """Bound of the logits (Gemma), None for none."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
     def soft_cap(self, logits: Tensor) -> Tensor:
         """Logits as the target caps them (Gemma's final soft cap), or as they are."""
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = self.final_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property

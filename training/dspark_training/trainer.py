@@ -24,6 +24,7 @@ from dspark_training.evaluation.validation import Validation
 from dspark_training.features.cache import CachedFeatures, CacheIdentity
 from dspark_training.features.source import FeatureSource, OnlineFeatures
 from dspark_training.models.setup import Drafter, feature_scale, new_drafter
+from dspark_training.models.warm_start import warm_start
 from dspark_training.objectives.build import Objective, build_objective
 from dspark_training.objectives.supervision import Supervision, supervise
 from dspark_training.optimizer import AveragedWeights, build_optimizers, learning_rate
@@ -71,7 +72,7 @@ class Trainer:
 
     Raises:
         DataError: fewer than two samples, or none with a token to predict.
-        OptionError: the configuration does not fit the target or the number of processes.
+        OptionError, CheckpointError: the configuration, or the drafter to start from, does not fit the target.
     """
 
     def __init__(
@@ -96,6 +97,9 @@ class Trainer:
         self.drafter: Drafter = new_drafter(target, config.drafter, config.algorithm, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
         self.scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], self.layer_ids)
+        if config.warm_start is not None:
+            start = config.warm_start
+            warm_start(self.drafter, target, self.layer_ids, self.scale_M, Path(start.path), start.part)
         self.source = self._feature_source()
         self.optimizers = build_optimizers(self.drafter, config.optim)
         ema = config.optim.ema_decay

@@ -6,13 +6,14 @@ R Markov rank. Sources: DFlash (arXiv 2602.06036) for the backbone, DSpark (arXi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dspark_training.models.heads import MARKOV_HEADS, ConfidenceHead, MarkovHead
-from dspark_training.models.layers import DraftAttention, DrafterDims, Embed, GatedMlp, rms_norm
+from dspark_training.models.layers import DraftAttention, DrafterDims, Embed, GatedMlp, KeysValues, rms_norm
 
 
 class BlockOutput(NamedTuple):
@@ -32,11 +33,11 @@ class DraftLayer(nn.Module):
         self.input_layernorm = rms_norm(dims)
         self.post_attention_layernorm = rms_norm(dims)
 
-    def forward(self, block_BAKD: Tensor, context_BTD: Tensor, anchors_BA: Tensor) -> Tensor:
+    def forward(self, block_BAKD: Tensor, context: KeysValues, anchors_BA: Tensor) -> Tensor:
         """Blocks attend to the context before their anchor and, in both directions, to themselves."""
         rows_BAKD, attention = self.input_layernorm(block_BAKD), self.self_attn
         positions_BAK = anchors_BA[..., None] + torch.arange(block_BAKD.shape[2], device=anchors_BA.device)
-        context, own = attention.context(context_BTD), attention.own(rows_BAKD, positions_BAK)
+        own = attention.own(rows_BAKD, positions_BAK)
         block_BAKD = block_BAKD + attention.attend(rows_BAKD, positions_BAK, context, own, anchors_BA)
         return block_BAKD + self.mlp(self.post_attention_layernorm(block_BAKD))
 
@@ -75,12 +76,23 @@ class BlockDrafter(nn.Module):
 
     def hidden(self, features_BTM: Tensor, anchors_BA: Tensor, anchor_ids_BA: Tensor, embed: Embed) -> Tensor:
         """The backbone alone: [B, A, K, D] after the final norm. It knows no drafted token."""
+        first_B = torch.zeros(len(features_BTM), dtype=torch.long, device=features_BTM.device)
+        return self.hidden_behind(self.context(features_BTM, first_B), anchors_BA, anchor_ids_BA, embed)
+
+    def context(self, features_BTM: Tensor, first_B: Tensor) -> list[KeysValues]:
+        """What each layer keeps of features, row t of sequence b at position first_B[b] + t."""
         context_BTD = self.hidden_norm(self.fc(features_BTM))
+        return [layer.self_attn.context(context_BTD, first_B) for layer in self.layers]
+
+    def hidden_behind(
+        self, context: Sequence[KeysValues], anchors_BA: Tensor, anchor_ids_BA: Tensor, embed: Embed
+    ) -> Tensor:
+        """`hidden` of blocks behind a context that was kept; row t of it is position t."""
         ids_BAK = anchor_ids_BA[..., None].repeat(1, 1, self.dims.block_size)
         ids_BAK[..., 1:] = self.dims.mask_token_id
-        block_BAKD = embed(ids_BAK).to(context_BTD.dtype)
-        for layer in self.layers:
-            block_BAKD = layer(block_BAKD, context_BTD, anchors_BA)
+        block_BAKD = embed(ids_BAK).to(self.norm.weight.dtype)
+        for layer, kept in zip(self.layers, context, strict=True):
+            block_BAKD = layer(block_BAKD, kept, anchors_BA)
         return self.norm(block_BAKD)
 
     def confidence(self, hidden_BAKD: Tensor, previous_BAK: Tensor) -> Tensor:

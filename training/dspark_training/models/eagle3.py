@@ -75,19 +75,23 @@ class Eagle3Drafter(nn.Module):
             previous_BAK: ids of x_0 (the anchor) .. x_{K-1}.
             embed: the target's frozen embedding.
         """
-        context = self.context(features_BTM, next_ids_BT, embed)
+        first_B = torch.zeros(len(features_BTM), dtype=torch.long, device=features_BTM.device)
+        context = self.context(features_BTM, next_ids_BT, first_B, embed)
         chain = self.begin(context, anchors_BA)
         steps = []
         for ids_BA in previous_BAK.unbind(-1):
-            hidden_BAD, chain = self.step(context, chain, ids_BA, embed)
+            hidden_BAD, chain = self.step(context.rows, chain, ids_BA, embed)
             steps.append(hidden_BAD)
         return torch.stack(steps, dim=2)
 
-    def context(self, features_BTM: Tensor, next_ids_BT: Tensor, embed: Embed) -> Context:
-        """Keys and values of committed rows; with one layer they depend on no attention."""
+    def context(self, features_BTM: Tensor, next_ids_BT: Tensor, first_B: Tensor, embed: Embed) -> Context:
+        """What committed rows leave, row t of sequence b at position first_B[b] + t.
+
+        It depends on its own row only, because there is one layer.
+        """
         hidden_BTD = self.fc(features_BTM).to(self.norm.weight.dtype)  # the residual keeps its precision
         wide = self._layer.wide(embed(next_ids_BT).to(hidden_BTD.dtype), hidden_BTD)
-        return Context(hidden_BTD, self._layer.self_attn.context(wide))
+        return Context(hidden_BTD, self._layer.self_attn.context(wide, first_B))
 
     def begin(self, context: Context, anchors_BA: Tensor) -> Chain:
         """Chains that have not drafted yet."""
@@ -95,8 +99,12 @@ class Eagle3Drafter(nn.Module):
         batch_B1 = torch.arange(len(anchors_BA), device=anchors_BA.device)[:, None]
         return Chain(starts_BA, context.hidden_BTD[batch_B1, starts_BA.clamp_min(0)], None)
 
-    def step(self, context: Context, chain: Chain, ids_BA: Tensor, embed: Embed) -> tuple[Tensor, Chain]:
-        """One step behind the tokens `ids_BA`: lm_head's input [B, A, D] for the tokens after them, and the chain."""
+    def step(self, context: KeysValues, chain: Chain, ids_BA: Tensor, embed: Embed) -> tuple[Tensor, Chain]:
+        """One step behind the tokens `ids_BA`: lm_head's input [B, A, D] for the tokens after them, and the chain.
+
+        Args:
+            context: rows of the context, row t at position t; those from a chain's start on are not looked at.
+        """
         layer = self._layer
         hidden_BA1D, embeds = chain.hidden_BAD[:, :, None], embed(ids_BA[..., None])
         wide = layer.wide(embeds.to(hidden_BA1D.dtype), hidden_BA1D)
@@ -105,7 +113,7 @@ class Eagle3Drafter(nn.Module):
         rows = layer.self_attn.own(wide, positions_BA1)
         if chain.rows is not None:
             rows = KeysValues(*(torch.cat(pair, dim=3) for pair in zip(chain.rows, rows, strict=True)))
-        attended = layer.self_attn.attend(wide, positions_BA1, context.rows, rows, chain.starts_BA)
+        attended = layer.self_attn.attend(wide, positions_BA1, context, rows, chain.starts_BA)
         output_BAD = layer.after_attention(attended, hidden_BA1D)[:, :, 0]
         return self.norm(output_BAD), Chain(chain.starts_BA, output_BAD, rows)
 

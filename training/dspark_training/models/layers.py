@@ -79,11 +79,11 @@ class DraftAttention(nn.Module):
         self.k_norm = nn.RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
         self._rotary = Rotary(dims.head_dim, dims.rope_theta)
 
-    def context(self, rows_BTD: Tensor) -> KeysValues:
-        """Keys and values of the context, which begins at position 0."""
+    def context(self, rows_BTD: Tensor, first_B: Tensor) -> KeysValues:
+        """Keys and values of context rows; row t of sequence b stands at position first_B[b] + t."""
         keys, values = (x.permute(0, 2, 1, 3) for x in self._kv(rows_BTD))
-        positions_T = torch.arange(rows_BTD.shape[1], device=rows_BTD.device)
-        return KeysValues(self._rotary(keys, positions_T), values)
+        positions_BT = first_B[:, None] + torch.arange(rows_BTD.shape[1], device=rows_BTD.device)
+        return KeysValues(self._rotary(keys, positions_BT[:, None]), values)
 
     def own(self, rows_BAKD: Tensor, positions_BAK: Tensor) -> KeysValues:
         """Keys and values of the anchors' own rows."""
@@ -93,7 +93,10 @@ class DraftAttention(nn.Module):
     def attend(
         self, rows_BAKD: Tensor, positions_BAK: Tensor, context: KeysValues, own: KeysValues, ends_BA: Tensor
     ) -> Tensor:
-        """Output [B, A, K, D] of rows that see the context before `ends_BA` and every row of `own`."""
+        """Output [B, A, K, D] of rows that see the context before `ends_BA` and every row of `own`.
+
+        Row t of `context` is taken for position t.
+        """
         d = self.dims
         q = self.q_norm(self.q_proj(rows_BAKD).unflatten(-1, (d.num_kv_heads, -1, d.head_dim)))
         q_BGQAKE = self._rotary(q.permute(0, 3, 4, 1, 2, 5), positions_BAK[:, None, None])

@@ -8,12 +8,13 @@ see each other, so running the sampled ones alone gives the same rows at a cost 
 from __future__ import annotations
 
 import torch
+from dspark_kernels.vocabulary_loss import DraftRows, RowWeights, TargetRows, vocabulary_loss
 from torch import Tensor
 
 from dspark_training.data.blocks import Blocks
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.models.eagle3 import Eagle3Drafter
-from dspark_training.objectives.losses import Losses
+from dspark_training.objectives.losses import Losses, shares_of
 from dspark_training.objectives.supervision import Supervision
 from dspark_training.target import Target
 
@@ -26,9 +27,9 @@ class Eagle3Objective:
     def __init__(self, drafter: Eagle3Drafter, target: Target, vocab: DraftVocab) -> None:
         self.drafter = drafter
         self.vocab = vocab
-        self._target = target
         self._embed = target.embed
-        self._head_VD = target.lm_head_weight_VD[vocab.ids_V].float()
+        self._soft_cap = target.final_soft_cap
+        self._head_VD = target.lm_head_weight_VD[vocab.ids_V]
 
     def __call__(self, supervision: Supervision, blocks: Blocks) -> Losses:
         """Losses over every row; `acceptance_N` and `agrees_N` come back in [B, A, K] row order."""
@@ -36,11 +37,11 @@ class Eagle3Objective:
         hidden_BAKD = self.drafter(
             supervision.features_BTM, next_ids_BT, blocks.anchors_BA, blocks.previous_BAK, self._embed
         )
-        rows_N = supervision.rows_of(blocks).flatten()
+        position_N = supervision.positions_of(blocks).flatten()
         return soft_losses(
-            draft_logits_NV=self._target.soft_cap(hidden_BAKD.flatten(0, 2) @ self._head_VD.T),
-            target_probs_NV=supervision.probs_NV[rows_N],
-            target_top_N=supervision.top_N[rows_N],
+            draft=DraftRows(hidden_BAKD.flatten(0, 2), self._head_VD, soft_cap=self._soft_cap),
+            target=supervision.target_rows(position_N, self._head_VD, self._soft_cap),
+            target_top_N=supervision.top_BT.flatten()[position_N],
             row_weights_N=step_weights(blocks).flatten(),
         )
 
@@ -51,22 +52,16 @@ def step_weights(blocks: Blocks) -> Tensor:
     return valid_BAK * STEP_DECAY ** torch.arange(valid_BAK.shape[-1], device=valid_BAK.device)
 
 
-def soft_losses(
-    draft_logits_NV: Tensor, target_probs_NV: Tensor, target_top_N: Tensor, row_weights_N: Tensor
-) -> Losses:
+def soft_losses(draft: DraftRows, target: TargetRows, target_top_N: Tensor, row_weights_N: Tensor) -> Losses:
     """The objective over rows, as a mean by weight (DeepSpec divides the same sum by the batch's positions).
 
-    The target's distribution is renormalised over the draft vocabulary, and a row whose greedy token lies outside of it
-    doesn't count (EAGLE-3's reduced vocabulary). Arguments as for `dspark_losses`; softmaxes in fp32.
+    With a reduced draft vocabulary a row whose greedy token lies outside doesn't count, as in EAGLE-3. Where that
+    renormalises the target's distribution, a row here weighs as much as the mass that it has inside.
+    Arguments as for `dspark_losses`.
     """
-    log_probs_NV = torch.log_softmax(draft_logits_NV.float(), dim=-1)
-    mass_N = target_probs_NV.sum(-1)
-    ce_N = -(target_probs_NV * log_probs_NV).sum(-1) / mass_N.clamp_min(1e-6)
-    weights_N = row_weights_N * (target_top_N >= 0)
-    total = (ce_N * weights_N).sum() / weights_N.sum().clamp_min(1e-6)
-    with torch.no_grad():
-        l1_N = (log_probs_NV.exp() - target_probs_NV).abs().sum(-1) + (1.0 - mass_N).clamp_min(0.0)
-        l1 = (l1_N * row_weights_N).sum() / row_weights_N.sum().clamp_min(1e-6)
-        agrees_N = draft_logits_NV.argmax(-1) == target_top_N
-    acceptance_N = (1.0 - 0.5 * l1_N).clamp(0.0, 1.0)
-    return Losses(total, total.detach(), l1, l1.new_zeros(()), acceptance_N, agrees_N)
+    shares_N = shares_of(row_weights_N * (target_top_N >= 0))
+    no_labels_N = torch.full_like(target_top_N, -1)
+    total, rows = vocabulary_loss(draft, target, no_labels_N, RowWeights(soft_ce_N=shares_N))
+    l1 = (rows.l1_N * shares_of(row_weights_N)).sum()
+    acceptance_N = (1.0 - 0.5 * rows.l1_N).clamp(0.0, 1.0)
+    return Losses(total, total.detach(), l1, l1.new_zeros(()), acceptance_N, rows.top_N == target_top_N)
