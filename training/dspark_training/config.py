@@ -105,7 +105,7 @@ class RunConfig(_Frozen):
     algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
     data: DataConfig
     drafter: DrafterShape
-    optim: OptimConfig
+    optim: OptimConfig = OptimConfig()
     features: FeaturesConfig = FeaturesConfig()
     warm_start: WarmStartConfig | None = None
     seed: int = 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import sys
@@ -45,10 +46,10 @@ class Plan(NamedTuple):
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        limit = "" if self.exact else " (at most: the answers do not exist yet)"
+        limit = "" if self.exact else " (at most)"
         hours = (self.answer_seconds + self.steps * self.step_seconds) / 3600
         return [
-            f"samples: {self.samples:,} of {self.sample_tokens:.0f} tokens{limit}; {self.answers_left:,} to be answered",
+            f"samples: {self.samples:,} of {self.sample_tokens:.0f} tokens{limit}, {self.answers_left:,} unanswered",
             f"steps: {self.steps:,}, {self.epochs:.1f} epochs, {self.tokens:,} target tokens",
             f"disk: {_size(self.disk_checkpoint)} of checkpoints, {_size(self.disk_features)} of features "
             f"(DeepSpec's cache of these samples: {_size(self.deepspec_features)})",
@@ -97,9 +98,7 @@ def _data(config: RunConfig, target: Target, work: Path) -> tuple[int, float, fl
     """Samples, mean tokens of a sample and of its prompt, and answers still to be generated."""
     data = config.data
     done = list(SampleStore(work / "samples.jsonl")) if (work / "samples.jsonl").exists() else []
-    with tempfile.TemporaryDirectory() as scratch:
-        skipped = Skipped(Path(scratch) / "skipped.jsonl")
-        prompts = [p for name in data.prompts for p in read_prompts(name, skipped)]
+    prompts = [p for name in data.prompts for p in read_prompts(name, Skipped(None))]
     count = len(prompts) + sum(data.written_prompts.values())
     count = min(count, data.max_samples or count)
     if not count and not done:
@@ -158,10 +157,8 @@ def _step_pace(
             if time.monotonic() - started > seconds:
                 raise _EnoughError
 
-        try:
+        with contextlib.suppress(_EnoughError):
             trainer.run(stop)
-        except _EnoughError:
-            pass
         return trainer.seconds / max(1, steps), trainer
 
 
