@@ -123,17 +123,17 @@ def complete_from(target: Target, fields: Fields) -> Fields:
 
 
 def mask_token_id(target: Target) -> int:
-    """A token that text does not contain: a mask token, a special one outside the chat template, or an unused id."""
-    tokenizer = target.tokenizer
-    if tokenizer.mask_token_id is not None:
+    """A token that text does not contain: a mask token, a special one outside the chat template, or the last unused id.
+
+    A full vocabulary without special tokens leaves an ordinary token, the last one that a greeting does not contain.
+    """
+    tokenizer, size = target.tokenizer, target.config.vocab_size
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < size:
         return int(tokenizer.mask_token_id)
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-    used |= set(target.stop_ids) | set(target.chat_ids("Hello"))
-    size = target.config.vocab_size
-    special = sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i not in used and i < size)
-    if special:
-        return int(special[-1])
-    return int(size - 1 if len(tokenizer) < size else tokenizer.pad_token_id or 0)
+    used |= set(target.stop_ids) | set(target.chat_ids("Hello, how are you?"))
+    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i not in used and i < size]
+    return int(max(special, default=next(i for i in reversed(range(size)) if i not in used)))
 
 
 def validated(fields: Fields) -> RunConfig:
