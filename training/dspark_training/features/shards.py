@@ -82,7 +82,7 @@ class RecordRing:
             payload = np.array(np.memmap(place.shard, mode="r", offset=place.offset, shape=(place.length,)))
         except (FileNotFoundError, ValueError):  # evicted by its writer, or cut short
             payload = None
-        if payload is not None and zlib.crc32(payload, self._seed) == place.crc:
+        if payload is not None and zlib.crc32(payload.data, self._seed) == place.crc:
             return payload
         del self._places[digest]
         if place.shard.exists():
