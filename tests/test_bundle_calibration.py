@@ -13,7 +13,8 @@ from dspark_training.bundle.calibrate import answered, fit_and_score, held_out_l
 from dspark_training.bundle.export import load_bundle
 from dspark_training.bundle.manifest import check_manifest
 from dspark_training.bundle.rounds import HeldOutRounds, held_out_rounds
-from dspark_training.data.store import Prompt, Sample
+from dspark_training.data.conversation import Prompt
+from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import OnlineFeatures
 

@@ -76,7 +76,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"cap": 4.0}, {"cap": 4.0, "bias": False}, {"rows": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"cap": 4.0}, {"cap": 4.0, "bias": False}, {"rows": 1}], ids=str
+)
 @pytest.mark.parametrize("term", ["all", *RowWeights._fields])
 def test_values_and_gradients_are_those_of_the_formula(term: str, options: dict[str, Any]) -> None:
     draft, target, labels_N, weights = make_case(dtype=torch.float64, **options)

@@ -47,14 +47,14 @@ class Plan(NamedTuple):
     def lines(self) -> list[str]:
         """For the terminal."""
         limit = "" if self.exact else " (at most)"
-        hours = (self.answer_seconds + self.steps * self.step_seconds) / 3600
+        whole = _time(self.answer_seconds + self.steps * self.step_seconds)
         return [
             f"samples: {self.samples:,} of {self.sample_tokens:.0f} tokens{limit}, {self.answers_left:,} unanswered",
             f"steps: {self.steps:,}, {self.epochs:.1f} epochs, {self.tokens:,} target tokens",
             f"disk: {_size(self.disk_checkpoint)} of checkpoints, {_size(self.disk_features)} of features "
             f"(DeepSpec's cache of these samples: {_size(self.deepspec_features)})",
             f"memory: {_size(self.memory)} at its peak in the measurement",
-            f"time: {hours:.1f} hours ({self.answer_seconds / 3600:.1f} for answers, "
+            f"time: {whole} ({_time(self.answer_seconds)} for answers, "
             f"{self.step_seconds:.2f} s a step with online features); measured briefly, so expect 30 % either way",
         ]
 
@@ -180,6 +180,10 @@ def _state_values(trainer: Trainer) -> int:
 def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _size(count: float) -> str:

@@ -118,6 +118,7 @@ def complete_from(target: Target, fields: Fields) -> Fields:
         drafter.setdefault("init_layers", list(range(first, c.num_hidden_layers)))
     if not data.get("prompts") and not data.get("written_prompts"):
         data["written_prompts"] = _WRITTEN_PROMPTS
+    if data.get("written_prompts"):
         data.setdefault("openings", str(RECIPES / "seeds.json"))
     return {**fields, "data": data, "drafter": drafter}
 

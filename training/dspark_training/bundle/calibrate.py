@@ -21,7 +21,8 @@ from dspark_serving.scheduler.survival_map import MapLabels, SurvivalMap, fit_su
 from dspark_training.bundle.export import Confidence
 from dspark_training.bundle.rounds import HeldOutRounds
 from dspark_training.data.generate import Request, complete
-from dspark_training.data.store import Prompt, Sample
+from dspark_training.data.conversation import Prompt
+from dspark_training.data.store import Sample
 from dspark_training.target import Target
 
 log = logging.getLogger(__name__)

@@ -85,12 +85,13 @@ def deepspec_bytes_per_token(layers: int, hidden_size: int) -> int:
     return (layers + 1) * hidden_size * 2 + 6
 
 
-_INT8 = Quantiser(8, None)
+# A few dimensions of the last hidden state are far above the rest: with one scale a token they would cost it precision.
+_LAST = Quantiser(8, 32)
 CODECS: dict[CodecName, Codec] = {
-    "int8": Codec(_INT8, _INT8),
+    "int8": Codec(Quantiser(8, None), _LAST),
     "fp8": Codec(Quantiser(8, None, floating=True), Quantiser(8, None, floating=True)),
-    "int4": Codec(Quantiser(4, 32), _INT8),
-    "int3": Codec(Quantiser(3, 64), _INT8),
+    "int4": Codec(Quantiser(4, 32), _LAST),
+    "int3": Codec(Quantiser(3, 64), _LAST),
 }
 
 
