@@ -29,7 +29,7 @@ from tests.bundle_models import LAYER_IDS, PROMPT, SOME_IDS, Exported, export_ti
 from tests.oracle import speculative_decode
 from tests.test_cost_table import KEY, fitted
 
-PROMPTS = [Prompt("chat", text) for text in ("abcab", "hello he", "xyxyxy", "0123", "aab", "zzz", "qw qw", "..;..")]
+PROMPTS = [Prompt.ask("chat", text) for text in ("abcab", "hello he", "xyxyxy", "0123", "aab", "zzz", "qw qw", "..;..")]
 
 
 def walked(exported: Exported, samples: list[Sample], seed: int = 0) -> HeldOutRounds:

@@ -249,7 +249,7 @@ def test_a_kill_in_mid_write_loses_that_record_only(tmp_path: Path) -> None:
 class FullDisk(io.FileIO):
     """Takes half of a write, then there is no space left."""
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def,override]
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]
         super().write(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -265,7 +265,7 @@ def test_a_full_disk_warns_once_and_goes_on_online(
     size = shard.stat().st_size
     full = FullDisk(shard, "r+b")
     full.seek(size)
-    source._ring._file = full  # type: ignore[assignment]
+    source._ring._file = full
     for _ in range(2):
         torch.testing.assert_close(source(pad(rows[4:])), healthy(pad(rows[4:])), rtol=0, atol=0)
     assert caplog.text.count("disk is full") == 1

@@ -280,7 +280,7 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 def test_a_recipe_is_composed_and_every_field_can_be_overridden(target: Target, tmp_path: Path) -> None:
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"optim": {"steps": 9}, "data": {"written_prompts": {"math": 5}}}))
-    parts = ["smollm2_135m", own]
+    parts: list[str | Path] = ["smollm2_135m", own]
     fits = ["drafter.target_layer_ids=[0,2]", "drafter.mask_token_id=3"]
     got = load_recipe(target, parts, "dflash", ["optim.clip_norm=0.5", "features.codec=int4", *fits])
     assert got.algorithm == "dflash"
@@ -298,7 +298,8 @@ def test_bad_recipes_are_named(target: Target, tmp_path: Path) -> None:
     torn, listed = tmp_path / "torn.json", tmp_path / "listed.json"
     torn.write_text("{")
     listed.write_text("[]")
-    for part, wrong in [("nowhere.json", "nowhere"), (torn, "torn"), (listed, "list")]:
+    parts: list[tuple[str | Path, str]] = [("nowhere.json", "nowhere"), (torn, "torn"), (listed, "list")]
+    for part, wrong in parts:
         with pytest.raises(OptionError, match=wrong):
             load_recipe(target, [part])
     for override, wrong in [
