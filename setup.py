@@ -37,7 +37,7 @@ setup(
         *find_packages("training"),
     ],
     package_dir={"dspark_kernels": "kernels/dspark_kernels", "dspark_training": "training/dspark_training"},
-    package_data={"dspark_training": ["recipes/*.json"]},
+    package_data={"dspark_training": ["recipes/*.json", "recipes/*/*.json"]},
     # The shipped drafters: an installation without the repository finds them under sys.prefix.
     data_files=[
         (f"share/dspark-serving/bundles/{bundle.name}", sorted(str(f.relative_to(ROOT)) for f in bundle.iterdir()))
@@ -61,7 +61,7 @@ setup(
         # Without an accelerator: these pins, then `pip install --no-deps -r requirements/sglang.txt` (see Makefile).
         "cpu": requirements("cpu"),
         "cuda": requirements("sglang"),
-        "train": ["accelerate"],
+        "train": ["accelerate", "datasets", "openai"],
         "dev": requirements("dev"),
     },
     entry_points={

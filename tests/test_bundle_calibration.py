@@ -13,7 +13,8 @@ from dspark_training.bundle.calibrate import answered, fit_and_score, held_out_l
 from dspark_training.bundle.export import load_bundle
 from dspark_training.bundle.manifest import check_manifest
 from dspark_training.bundle.rounds import HeldOutRounds, held_out_rounds
-from dspark_training.data.store import Prompt, Sample
+from dspark_training.data.conversation import Prompt
+from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import OnlineFeatures
 
@@ -28,7 +29,7 @@ from tests.bundle_models import LAYER_IDS, PROMPT, SOME_IDS, Exported, export_ti
 from tests.oracle import speculative_decode
 from tests.test_cost_table import KEY, fitted
 
-PROMPTS = [Prompt("chat", text) for text in ("abcab", "hello he", "xyxyxy", "0123", "aab", "zzz", "qw qw", "..;..")]
+PROMPTS = [Prompt.ask("chat", text) for text in ("abcab", "hello he", "xyxyxy", "0123", "aab", "zzz", "qw qw", "..;..")]
 
 
 def walked(exported: Exported, samples: list[Sample], seed: int = 0) -> HeldOutRounds:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dspark_training import checkpoint
-from dspark_training.config import DataConfig, DrafterShape, OptimConfig, RunConfig
-from dspark_training.data.answers import write_prompts
+from dspark_training.batches import pools
+from dspark_training.config import DataConfig, DrafterShape, FeaturesConfig, OptimConfig, RunConfig
 from dspark_training.data.blocks import cut_blocks, draw_anchors, pad
 from dspark_training.data.generate import Request, complete
-from dspark_training.data.store import Sample, SampleStore, read_prompts
+from dspark_training.data.store import Sample, SampleStore
 from dspark_training.data.vocab import DraftVocab
+from dspark_training.evaluation.validation import Validation
+from dspark_training.features.compress import CodecName
 from dspark_training.optimizer import learning_rate
-from dspark_training.run import DEMO_RECIPE, load_recipe
 from dspark_training.target import Target
-from dspark_training.trainer import StepReport, Trainer, TrainingError
+from dspark_training.trainer import StepReport, Trainer, TrainingError, _Step
 
-from dspark_serving.errors import DataError, DsparkError, OptionError
+from dspark_serving.errors import DataError, OptionError
 from tests.tiny_models import make_tiny_target
 
 
@@ -42,13 +45,13 @@ def samples(n: int = 24) -> list[Sample]:
     return rows
 
 
-def config(steps: int, learning_rate: float = 1e-3, pool: int = 1) -> RunConfig:
+def config(steps: int, learning_rate: float = 1e-3, pool: int = 1, **optim: Any) -> RunConfig:
     return RunConfig(
         data=DataConfig(prompts=(), validation_share=0.2),
         drafter=DrafterShape(
             target_layer_ids=(0, 2), mask_token_id=3, block_size=3, markov_rank=4, draft_vocab_size=128
         ),
-        optim=OptimConfig(steps=steps, sequences=2, anchors=4, learning_rate=learning_rate, pool=pool),
+        optim=OptimConfig(steps=steps, sequences=2, anchors=4, learning_rate=learning_rate, pool=pool, **optim),
         save_every_seconds=1e-6,
         validate_every_steps=5,
     )
@@ -71,37 +74,12 @@ def test_batched_completion_equals_transformers_one_by_one(target: Target) -> No
         assert got[request.key].answer_ids == alone[0, ids.shape[1] :].tolist()
 
 
-def test_written_prompts_begin_with_their_opening_and_end_by_themselves(target: Target) -> None:
-    seen: list[tuple[int, int]] = []
-    prompts = write_prompts(
-        target,
-        {"chat": ["Why"], "code": ["Write"]},
-        {"chat": 20, "code": 20},
-        seed=0,
-        batch_size=16,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen[-1] == (40, 40)
-    assert prompts, "the tiny target should stop now and then"
-    heads = {"chat": "Why", "code": "Write"}
-    assert all(p.text.startswith(heads[p.domain]) for p in prompts)
-    assert len({p.key for p in prompts}) == len(prompts) < 40
-
-
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     store = SampleStore(tmp_path / "s.jsonl")
     store.append(samples(3))
     with store.path.open("a") as file:
         file.write('{"key": "half')
     assert list(SampleStore(store.path)) == samples(3)
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"domain": "math"}', '{"prompt": "  "}'])
-def test_a_bad_prompt_row_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match=r"p\.jsonl:2"):
-        read_prompts(path)
 
 
 def test_blocks_carry_the_tokens_behind_their_anchor() -> None:
@@ -145,8 +123,12 @@ class KilledError(Exception):
     pass
 
 
-def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: Path) -> None:
-    whole = Trainer(config(12, pool=3), target, samples(), tmp_path / "whole")
+@pytest.mark.parametrize(
+    "optim", [{"pool": 3}, {"pool": 4, "micro_batches": 2, "optimizer": "muon", "ema_decay": 0.8}], ids=["plain", "all"]
+)
+def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: Path, optim: dict[str, Any]) -> None:
+    told = config(12, **optim)
+    whole = Trainer(told, target, samples(), tmp_path / "whole")
     whole.run()
 
     def kill(report: StepReport) -> None:
@@ -154,12 +136,101 @@ def test_a_killed_run_resumes_on_the_same_trajectory(target: Target, tmp_path: P
             raise KilledError
 
     with pytest.raises(KilledError):
-        Trainer(config(12, pool=3), target, samples(), tmp_path / "cut").run(kill)
-    resumed = Trainer(config(12, pool=3), target, samples(), tmp_path / "cut")
+        Trainer(told, target, samples(), tmp_path / "cut").run(kill)
+    resumed = Trainer(told, target, samples(), tmp_path / "cut")
     resumed.run()
     for (name, a), b in zip(whole.drafter.state_dict().items(), resumed.drafter.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
     assert [r["validation_loss"] for r in resumed.history] == [r["validation_loss"] for r in whole.history]
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(target: Target, tmp_path: Path) -> None:
+    """Two equal micro-batches are the batch itself, whatever clipping and Adam make of it."""
+    one = Trainer(config(2, pool=1), target, samples(), tmp_path / "one")
+    two = Trainer(config(2, pool=2, micro_batches=2), target, samples(), tmp_path / "two")
+    draws = next(pools(one.train_samples, one.config.optim, 7, 0)).steps[0]
+    losses = [trainer._optimizer_step(_Step(trainer.objective), draws * n, {}) for trainer, n in [(one, 1), (two, 2)]]
+    assert losses[0] == pytest.approx(losses[1])
+    for a, b in zip(one.drafter.parameters(), two.drafter.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_patience_ends_a_run_with_the_best_weights(target: Target, tmp_path: Path) -> None:
+    trainer = Trainer(config(400, 0.3, patience=2), target, samples(), tmp_path)  # far too large a rate: gets worse
+    trainer.run()
+    lengths = [row["accepted_length"] for row in trainer.history]
+    assert trainer.step < 400
+    assert len(lengths) == lengths.index(max(lengths)) + 3
+    measured = Validation(target, trainer.validation_samples, trainer.source, trainer.vocab)
+    best = trainer.history[lengths.index(max(lengths))]
+    assert measured.run(trainer.objective, 3)["validation_loss"] == pytest.approx(best["validation_loss"])
+    again = Trainer(config(400, 0.3, patience=2), target, samples(), tmp_path)
+    again.run()
+    assert again.step == trainer.step, "a finished run stays finished"
+
+
+def test_averaged_weights_are_the_weighted_mean_of_the_steps(target: Target, tmp_path: Path) -> None:
+    trainer = Trainer(config(4, ema_decay=0.2), target, samples(), tmp_path)
+    seen = [trainer.drafter.fc.weight.detach().clone()]
+    trainer.run(lambda report: seen.append(trainer.drafter.fc.weight.detach().clone()))
+    expected = seen[0]
+    for step, weights in enumerate(seen[1:], start=1):
+        decay = min(0.2, step / (step + 10))
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(trainer.drafter.fc.weight.detach(), expected)
+    assert not torch.equal(expected, seen[-1])
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_learns(target: Target, tmp_path: Path) -> None:
+    trainer = Trainer(config(40, 3e-3, optimizer="muon"), target, samples(), tmp_path)
+    adamw, muon = trainer.optimizers
+    names = {id(p): name for name, p in trainer.drafter.named_parameters()}
+    inner = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert {"fc.weight", "layers.1.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight"} <= inner
+    assert not any("norm" in name or "markov" in name or "confidence" in name for name in inner)
+    others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert inner | others == set(names.values())
+    assert not inner & others
+    trainer.run()
+    losses = [row["validation_loss"] for row in trainer.history]
+    assert losses[-1] < losses[0]
+
+
+def test_data_without_a_token_to_predict_stop_the_run(target: Target, tmp_path: Path) -> None:
+    rows = samples()  # in the order of their keys, so that the first fifth is held out
+    rows = rows[:5] + [s._replace(spans=[(3, 4)]) for s in rows[5:]]
+    with pytest.raises(TrainingError, match="no token to predict"):
+        Trainer(config(4), target, rows, tmp_path).run()
+
+
+@pytest.mark.parametrize("codec", ["int8", "int3"])
+def test_training_from_a_cache_follows_the_online_run_and_resumes_exactly(
+    target: Target, tmp_path: Path, codec: CodecName
+) -> None:
+    def run(name: str, features: FeaturesConfig, on_step: Callable[[StepReport], None] = lambda r: None) -> Trainer:
+        trainer = Trainer(
+            config(40, 3e-3).model_copy(update={"features": features}), target, samples(), tmp_path / name
+        )
+        trainer.run(on_step)
+        return trainer
+
+    def kill(report: StepReport) -> None:
+        if report.step == 27:
+            raise KilledError
+
+    cached = FeaturesConfig(source="cached", codec=codec, cap_gb=0.01)
+    online, whole = run("online", FeaturesConfig()), run("whole", cached)
+    with pytest.raises(KilledError):
+        run("cut", cached, kill)
+    resumed = run("cut", cached)
+    for (name, a), b in zip(whole.drafter.state_dict().items(), resumed.drafter.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    losses = {t: [row["validation_loss"] for row in t.history] for t in (online, whole)}
+    fallen = losses[online][0] - losses[online][-1]
+    apart = max(abs(a - b) for a, b in zip(losses[online], losses[whole], strict=True))
+    assert 0 < apart < (0.05 if codec == "int8" else 0.15) * fallen
+    assert whole.history[-1]["cache_misses"] == len(samples()), "each sample is computed once"
+    assert whole.history[-1]["cache_hits"] > 0
 
 
 def test_a_half_written_checkpoint_is_never_seen(target: Target, tmp_path: Path) -> None:
@@ -203,15 +274,3 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.001
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-
-
-def test_recipes_are_validated(tmp_path: Path) -> None:
-    assert load_recipe(DEMO_RECIPE).drafter.block_size >= 1
-    bad = tmp_path / "r.json"
-    text = json.loads(DEMO_RECIPE.read_text())
-    text["optim"]["learning_rat"] = 1
-    bad.write_text(json.dumps(text))
-    with pytest.raises(OptionError, match="learning_rat"):
-        load_recipe(bad)
-    with pytest.raises(DsparkError):
-        load_recipe(tmp_path / "missing.json")

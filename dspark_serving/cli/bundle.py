@@ -74,7 +74,7 @@ def _calibrate(
 ) -> FittedConfidence:
     import torch
     from dspark_training.bundle.amend import calibrate_bundle
-    from dspark_training.data.store import read_prompts
+    from dspark_training.data.prompts import read_prompts
     from dspark_training.target import Target
 
     types = {"bfloat16": torch.bfloat16, "float32": torch.float32}

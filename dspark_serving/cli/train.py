@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +16,26 @@ _DEMO_EVALUATION = ("gsm8k_test", "humaneval", "chat")
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="JSON recipe: data, drafter, optim.")],
     target: Annotated[Path, typer.Option(help="Checkpoint of the target model.")],
-    bundle: Annotated[Path, typer.Option(help="Directory of the finished drafter.")],
-    work: Annotated[Path, typer.Option(help="Answers, checkpoints and logs; a second run resumes here.")],
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="JSON recipes, or names of shipped ones; later ones win, field by field.")
+    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help="dspark, dflash or eagle3.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A field, as in optim.steps=500.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Directory of the finished drafter [WORK/bundle].")] = None,
+    work: Annotated[Path, typer.Option(help="Answers, checkpoints and logs; a second run resumes here.")] = Path(
+        "runs/train"
+    ),
     evaluate: Annotated[list[Path] | None, typer.Option(help="JSONL prompts to measure accepted length on.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what the run will take, and do not run it.")] = False,
+    plan_seconds: Annotated[float, typer.Option(help="How long --plan measures the pace.")] = 30.0,
 ) -> None:
-    """Train a drafter in one process; prompt files in a recipe are relative to the current directory."""
+    """Train a drafter; prompt files in a recipe are relative to the current directory."""
     with one_line_errors():
-        _train(recipe, target, bundle, work, evaluate or [])
+        if plan:
+            _plan(recipes or [], algorithm, set_ or [], target, work, plan_seconds)
+        else:
+            _train(recipes or [], algorithm, set_ or [], target, bundle or work / "bundle", work, evaluate or [])
 
 
 def train_demo(
@@ -33,21 +45,45 @@ def train_demo(
     work: Annotated[Path, typer.Option(help="Answers, checkpoints and logs.")] = Path("runs/train-demo"),
 ) -> None:
     """Train the shipped SmolLM2-135M drafter again (hours on two cores); run it in the repository's root."""
-    from dspark_training.run import DEMO_RECIPE
-
     with one_line_errors():
         target = ensure_smollm2("fp32", report=report)
         prompts = [Path("benchmarks/prompts") / f"{name}.jsonl" for name in _DEMO_EVALUATION]
-        _train(DEMO_RECIPE, target, bundle, work, prompts)
+        _train(["smollm2_135m"], "dspark", [], target, bundle, work, prompts)
 
 
-def _train(recipe: Path, target: Path, bundle: Path, work: Path, evaluate: list[Path]) -> None:
+def _plan(
+    recipes: list[str], algorithm: str | None, overrides: list[str], target: Path, work: Path, seconds: float
+) -> None:
+    from dspark_training.plan import make_plan
+    from dspark_training.recipe import load_recipe
+    from dspark_training.target import Target
+
+    loaded = Target.load(target)
+    config = load_recipe(loaded, recipes, algorithm, overrides)
+    for line in make_plan(config, loaded, work, seconds).lines():
+        report(line)
+
+
+def _train(
+    recipes: list[str],
+    algorithm: str | None,
+    overrides: list[str],
+    target: Path,
+    bundle: Path,
+    work: Path,
+    evaluate: list[Path],
+) -> None:
     # torch and transformers take seconds to import: not for every `dspark --help`
+    from dspark_training.recipe import load_recipe
     from dspark_training.run import run_recipe
+    from dspark_training.target import Target
     from dspark_training.trainer import StepReport
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bars:
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows the bars
+    loaded = Target.load(target)
+    config = load_recipe(loaded, recipes, algorithm, overrides)
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not first) as bars:
         answers = bars.add_task("answers by the target", total=None, note="")
         steps = bars.add_task("training", total=None, note="")
 
@@ -58,10 +94,11 @@ def _train(recipe: Path, target: Path, bundle: Path, work: Path, evaluate: list[
             note = f"loss {step.loss:.3f}  accepted length {step.accepted_length:.2f}  {step.tokens:,} tokens"
             bars.update(steps, completed=step.step, total=step.steps, note=note)
 
-        rows = run_recipe(recipe, target, bundle, work, evaluate, on_step, on_answers)
+        rows = run_recipe(config, loaded, bundle, work, evaluate, on_step, on_answers)
     for row in rows:
         report(
             f"{row['dataset']}: accepted length {row['accepted_length']:.2f} (bonus token included, temperature 0), "
             f"prompt lookup {row['prompt_lookup']:.2f}"
         )
-    report(f"the drafter is in {bundle}")
+    if first:
+        report(f"the drafter is in {bundle}")

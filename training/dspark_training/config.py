@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dspark_training.features.compress import CodecName
 
 
 class _Frozen(BaseModel):
@@ -14,7 +16,7 @@ class _Frozen(BaseModel):
 class DataConfig(_Frozen):
     """Where prompts come from and how the target answers them."""
 
-    prompts: tuple[str, ...] = Field(description="JSONL files of user messages, relative to the recipe")
+    prompts: tuple[str, ...] = Field((), description="JSONL files of user messages, relative to the recipe")
     openings: str | None = Field(None, description="JSON: domain -> first words of messages the target writes itself")
     written_prompts: dict[str, int] = Field(default_factory=dict, description="domain -> messages the target writes")
     suffix: str = Field("", description="text appended to a share of one domain's prompts")
@@ -59,14 +61,42 @@ class OptimConfig(_Frozen):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the drafter's products; weights, softmaxes and divergences stay in fp32"
     )
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of fc and the layers")
     clip_norm: float = Field(1.0, gt=0)
-    steps: int = Field(gt=0, description="optimizer steps")
-    sequences: int = Field(4, gt=0, description="sequences in one target forward")
-    anchors: int = Field(96, gt=0, description="anchors drawn from a sequence in one optimizer step")
-    steps_per_forward: int = Field(
-        2, gt=0, description="optimizer steps, on disjoint anchors, fed by one target forward"
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, which are then kept; 0: none")
+    patience: int | None = Field(
+        None, gt=0, description="validations without a longer accepted length before the run ends with the best weights"
     )
+    steps: int = Field(2000, gt=0, description="optimizer steps at most")
+    micro_batches: int = Field(
+        1, gt=0, description="batches whose gradients make one optimizer step, of all processes together"
+    )
+    sequences: int = Field(4, gt=0, description="sequences in one target forward, hence in a batch")
+    anchors: int = Field(96, gt=0, description="anchors drawn from a sequence in one batch")
+    steps_per_forward: int = Field(2, gt=0, description="batches, on disjoint anchors, fed by one target forward")
     pool: int = Field(8, gt=0, description="target forwards whose anchors are mixed, so that successive steps differ")
+
+    @model_validator(mode="after")
+    def _lanes(self) -> Self:
+        if self.pool % self.micro_batches:
+            raise ValueError(f"pool {self.pool} is no multiple of micro_batches {self.micro_batches}")
+        return self
+
+
+class FeaturesConfig(_Frozen):
+    """Where the target's features come from in every epoch."""
+
+    source: Literal["online", "cached"] = Field("online", description="run the target each time, or keep features")
+    codec: CodecName = Field("int8", description="of cached features; int3 takes under 1/4 of bf16's bytes")
+    cap_gb: float = Field(8.0, gt=0, description="limit on disk in 10^9 bytes; the oldest features make room")
+    directory: str | None = Field(None, description="of the cache; default: features/ under the work directory")
+
+
+class WarmStartConfig(_Frozen):
+    """A drafter that the weights start from."""
+
+    path: str = Field(description="directory in any format that serving reads")
+    part: Literal["all", "heads", "backbone"] = "all"
 
 
 class RunConfig(_Frozen):
@@ -75,8 +105,11 @@ class RunConfig(_Frozen):
     algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
     data: DataConfig
     drafter: DrafterShape
-    optim: OptimConfig
+    optim: OptimConfig = OptimConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    warm_start: WarmStartConfig | None = None
     seed: int = 7
     threads: int = Field(0, ge=0, description="CPU threads, 0: as torch chooses")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
     save_every_seconds: float = Field(120.0, gt=0)
     validate_every_steps: int = Field(100, gt=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from collections import Counter
 from collections.abc import Callable
@@ -13,27 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from dspark_serving.errors import DataError, OptionError
+from dspark_serving.errors import DataError
 from dspark_training.bundle.finish import finish_bundle
 from dspark_training.config import RunConfig
-from dspark_training.data.answers import Progress, answer, with_suffix, write_prompts
-from dspark_training.data.store import Prompt, Sample, read_prompts
+from dspark_training.data.answers import Progress, answer
+from dspark_training.data.conversation import Prompt
+from dspark_training.data.prompts import read_prompts, with_suffix
+from dspark_training.data.skipped import Skipped
+from dspark_training.data.store import Sample
+from dspark_training.data.written import read_seeds, write_prompts
 from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
+from dspark_training.processes import launched
+from dspark_training.recipe import provenance
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
 
 log = logging.getLogger(__name__)
 
 EVALUATION_TOKENS = 256
-DEMO_RECIPE = Path(__file__).parent / "recipes" / "smollm2_135m_dspark.json"
 StageProgress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 def run_recipe(
-    recipe: Path,
-    target_path: Path,
+    config: RunConfig,
+    target: Target,
     bundle: Path,
     work: Path,
     evaluation_files: list[Path],
@@ -42,71 +45,65 @@ def run_recipe(
 ) -> list[dict[str, Any]]:
     """Run a recipe from its prompts to the bundle; every stage resumes what an earlier run left in `work`.
 
+    In several processes (see processes.py) the first one makes the data, the evaluation and the bundle.
+
     Returns:
-        One row per evaluation file (see evaluate_drafter).
+        One row per evaluation file (see evaluate_drafter); none in other processes than the first.
 
     Raises:
-        DsparkError: the recipe, a prompt file or the target cannot be used, or training diverged.
+        DsparkError: a prompt file or the target cannot be used, or training diverged.
     """
-    config = load_recipe(recipe)
     if config.threads:
         torch.set_num_threads(config.threads)
+    processes = launched(target.model.device)
     evaluation = {path.stem: read_prompts(path) for path in evaluation_files}
-    target = Target.load(target_path)
     work.mkdir(parents=True, exist_ok=True)
-    prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
-    samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
-    return train_to_bundle(
-        config, target, samples, evaluation, work, bundle, on_step, partial(on_answers, "answers for evaluation")
+    with processes.one_after_first():
+        prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
+        samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
+    trainer = Trainer(config, target, samples, work, processes)
+    files = [Path(name) for name in config.data.prompts] + [work / "written_prompts.jsonl", work / "samples.jsonl"]
+    origin = provenance(config, files)
+    if processes.first:
+        (work / "run.json").write_text(json.dumps(origin, indent=1))
+    trainer.run(on_step)
+    if not processes.first:
+        return []
+    return evaluate_and_bundle(
+        trainer, samples, evaluation, origin, bundle, partial(on_answers, "answers for evaluation")
     )
-
-
-def load_recipe(path: Path) -> RunConfig:
-    """Read a recipe; every field is validated before anything runs.
-
-    Raises:
-        OptionError: the file is missing, or a field is unknown or out of bounds; names the first such field.
-    """
-    try:
-        return RunConfig.model_validate_json(path.read_text())
-    except FileNotFoundError:
-        raise OptionError(f"{path} does not exist", expected="a recipe in JSON", fix="Check the path.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise OptionError(
-            f"{path}: {field} is wrong ({first['msg']})", expected="a valid recipe", fix="Correct that field."
-        ) from None
 
 
 def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path, progress: Progress) -> list[Prompt]:
     """Given prompts with their suffix, then those that the target writes (kept in `output` for a resumed run)."""
     data = config.data
-    prompts = [p for name in data.prompts for p in read_prompts(root / name)]
+    skipped = Skipped(output / "prompts.skipped.jsonl")
+    prompts = [p for name in data.prompts for p in read_prompts(_found(root, name), skipped)]
+    if skipped.counts:
+        log.warning("%s", skipped.summary())
     prompts = with_suffix(prompts, data.suffix_domain, data.suffix, data.suffix_share, seed=config.seed)
     if not data.written_prompts:
         return prompts
     if data.openings is None:
         raise DataError(
             "written_prompts without openings",
-            expected="data.openings, a JSON file of domain -> first words",
+            expected="data.openings, a JSON file of seeds (see `dspark data prompts`)",
             fix="Add it, or drop data.written_prompts.",
         )
-    kept = output / "written_prompts.jsonl"
-    if not kept.exists():
-        openings = json.loads((root / data.openings).read_text())
-        written = write_prompts(
-            target,
-            openings,
-            data.written_prompts,
-            seed=config.seed,
-            batch_size=data.batch_size,
-            progress=progress,
-        )
-        unfinished = kept.with_suffix(".partial")
-        unfinished.write_text("".join(json.dumps({"domain": p.domain, "prompt": p.text}) + "\n" for p in written))
-        os.replace(unfinished, kept)
-    return prompts + read_prompts(kept)
+    return prompts + write_prompts(
+        target,
+        read_seeds(root / data.openings),
+        data.written_prompts,
+        output / "written_prompts.jsonl",
+        seed=config.seed,
+        batch_size=data.batch_size,
+        progress=progress,
+    )
+
+
+def _found(root: Path, name: str) -> str:
+    """A path below `root` if it is there, else the name of a dataset."""
+    return str(root / name) if name.endswith(".jsonl") or (root / name).exists() else name
 
 
 def collect_samples(
@@ -130,32 +127,29 @@ def collect_samples(
     return list(store)
 
 
-def train_to_bundle(
-    config: RunConfig,
-    target: Target,
+def evaluate_and_bundle(
+    trainer: Trainer,
     samples: list[Sample],
     evaluation_prompts: dict[str, list[Prompt]],
-    output: Path,
+    origin: dict[str, Any],
     bundle: Path,
-    on_step: Callable[[StepReport], None],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train, evaluate and export; returns the evaluation's rows (see evaluate_drafter)."""
-    trainer = Trainer(config, target, samples, output)
-    trainer.run(on_step)
-    rows = evaluate_drafter(trainer, evaluation_prompts, output, progress)
+    """Measure a trained drafter and write its bundle; returns the evaluation's rows (see evaluate_drafter)."""
+    config = trainer.config
+    rows = evaluate_drafter(trainer, evaluation_prompts, trainer.output, progress)
     facts = _facts(trainer, samples, rows)
     finish_bundle(
         bundle,
         config,
         trainer.drafter,
-        target,
+        trainer.target,
         trainer.vocab,
         trainer.scale_M,
         trainer.source,
         trainer.validation_samples,
         facts,
-        {"recipe": config.model_dump(mode="json"), "facts": facts, "history": trainer.history},
+        {**origin, "facts": facts, "history": trainer.history},
     )
     return rows
 

@@ -1,32 +1,35 @@
-"""The training loop: frozen target and drafter in one process, resumable at any step."""
+"""The training loop: frozen target and drafter in one process (or in several of the kind), resumable at any step."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dspark_serving.errors import DataError, DsparkError
+from dspark_serving.errors import DataError, DsparkError, OptionError
 from dspark_training import checkpoint
+from dspark_training.batches import Draw, pools
 from dspark_training.config import RunConfig
-from dspark_training.data.blocks import Sequences, cut_blocks, draw_anchors, pad
+from dspark_training.data.blocks import Blocks, cut_blocks
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
+from dspark_training.features.cache import CachedFeatures, CacheIdentity
 from dspark_training.features.source import FeatureSource, OnlineFeatures
 from dspark_training.models.setup import Drafter, feature_scale, new_drafter
+from dspark_training.models.warm_start import warm_start
 from dspark_training.objectives.build import Objective, build_objective
 from dspark_training.objectives.supervision import Supervision, supervise
-from dspark_training.optimizer import build_optimizer, learning_rate
+from dspark_training.optimizer import AveragedWeights, build_optimizers, learning_rate
+from dspark_training.processes import Processes
+from dspark_training.runlog import RunLog
 from dspark_training.target import Target
 
 log = logging.getLogger(__name__)
@@ -41,16 +44,16 @@ class StepReport(NamedTuple):
     steps: int
     loss: float
     accepted_length: float  # newest validation, bonus included; nan before the first
-    tokens: int  # target tokens run so far
+    tokens: int  # target tokens run so far, by all processes
     seconds_left: float
 
 
-class Batch(NamedTuple):
-    """What one optimizer step looks at."""
+class Best(NamedTuple):
+    """The best validation so far."""
 
-    supervision: Supervision
-    sequences: Sequences
-    anchors_BA: torch.Tensor  # -1 where a sequence has no more
+    step: int
+    accepted_length: float
+    since: int  # validations after it
 
 
 class TrainingError(DsparkError):
@@ -58,12 +61,33 @@ class TrainingError(DsparkError):
 
 
 class Trainer:
-    """Trains one drafter; construct, then run(). A second run in the same directory resumes."""
+    """Trains one drafter; construct, then run(). A second run in the same directory resumes.
 
-    def __init__(self, config: RunConfig, target: Target, samples: list[Sample], output: Path) -> None:
+    Args:
+        config: the resolved configuration.
+        target: the frozen target.
+        samples: conversations; a share of them is held out.
+        output: directory of checkpoints, logs and (by default) cached features.
+        processes: this process and its peers; only the first one writes there.
+
+    Raises:
+        DataError: fewer than two samples, or none with a token to predict.
+        OptionError, CheckpointError: the configuration, or the drafter to start from, does not fit the target.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        target: Target,
+        samples: list[Sample],
+        output: Path,
+        processes: Processes | None = None,
+    ) -> None:
         if len(samples) < 2:
             raise DataError(f"{len(samples)} samples to train on", expected="at least 2", fix="Generate answers first.")
         self.config, self.target, self.output = config, target, output
+        self.processes = processes or Processes()
+        _check_split(config, self.processes.world)
         held_out = max(1, round(len(samples) * config.data.validation_share))
         ordered = sorted(samples, key=lambda s: s.key)  # by hash: the same split whatever the order of generation
         self.train_samples, self.validation_samples = ordered[held_out:], ordered[:held_out]
@@ -73,114 +97,197 @@ class Trainer:
         self.drafter: Drafter = new_drafter(target, config.drafter, config.algorithm, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
         self.scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], self.layer_ids)
-        self.source: FeatureSource = OnlineFeatures(target, self.layer_ids, self.scale_M)
-        self.optimizer = build_optimizer(self.drafter, config.optim)
+        if config.warm_start is not None:
+            start = config.warm_start
+            warm_start(self.drafter, target, self.layer_ids, self.scale_M, Path(start.path), start.part)
+        self.source = self._feature_source()
+        self.optimizers = build_optimizers(self.drafter, config.optim)
+        ema = config.optim.ema_decay
+        self.averaged = AveragedWeights(self.drafter, ema) if ema else None
         self.objective: Objective = build_objective(config.algorithm, self.drafter, target, self.vocab, config.optim)
         self.step, self.forwards, self.tokens, self.seconds = 0, 0, 0, 0.0
-        self.history: list[dict] = []
+        self.history: list[dict[str, Any]] = []
+        self.best = Best(0, -math.inf, 0)
+        self._between_pools = True
 
     def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
-        """Train up to config.optim.steps; resumes from the newest checkpoint under the output directory."""
+        """Train up to config.optim.steps, or until patience ends; then `drafter` has the weights to keep.
+
+        Resumes from the newest checkpoint under the output directory.
+
+        Raises:
+            TrainingError: the loss is not finite, or there is nothing to predict in the data.
+        """
         self._resume()
-        optim = self.config.optim
-        validation = Validation(self.target, self.validation_samples, self.source, self.vocab)
-        started, saved, first_step = time.monotonic(), time.monotonic(), self.step
-        spent_before = self.seconds
-        for batches in self._pools():
-            for batch in batches:
-                loss = self._optimizer_step(batch)
-                self.step += 1
-                self.seconds = spent_before + time.monotonic() - started
-                if self.step % self.config.validate_every_steps == 0 or self.step == optim.steps:
-                    self._validate(validation, loss)
-                pace = (time.monotonic() - started) / (self.step - first_step)
-                on_step(self._report(loss, pace * (optim.steps - self.step)))
-                if self.step == optim.steps:
-                    self._save()
-                    return
+        first = self.processes.first
+        validation = Validation(self.target, self.validation_samples, self.source, self.vocab) if first else None
+        records = RunLog(self.output, self.config.tensorboard) if first else None
+        module = self.processes.wrap(_Step(self.objective))
+        started = saved = time.monotonic()
+        spent_before, first_step = self.seconds, self.step
+        for loss in self._losses(module):
+            self.seconds = spent_before + time.monotonic() - started
+            if self._validates_now() and validation is not None and records is not None:
+                self._validate(validation, loss, records)
+            pace = (time.monotonic() - started) / (self.step - first_step)
+            on_step(self._report(loss, pace * (self.config.optim.steps - self.step)))
             # Only between pools: what a pool holds is gone with the process, so a resumed run could not finish it.
-            if time.monotonic() - saved > self.config.save_every_seconds:
+            if self._between_pools and time.monotonic() - saved > self.config.save_every_seconds:
                 self._save()
                 saved = time.monotonic()
+        self._save()
+        self._keep_the_best()
 
-    def _pools(self) -> Iterator[list[Batch]]:
-        """Run the target over a few groups of sequences and shuffle the optimizer steps that they give."""
+    def _losses(self, module: nn.Module) -> Iterator[float]:
+        """Optimizer steps, one a value, until the run is over."""
         optim = self.config.optim
-        groups = self._groups()
-        while True:
-            rng = random.Random(f"anchors/{self.config.seed}/{self.forwards}")
-            batches = []
-            for sequences in itertools.islice(groups, optim.pool):
-                supervision = supervise(self.source, self.target, sequences, self.vocab)
-                draws = draw_anchors(sequences, optim.anchors, optim.steps_per_forward, rng)
-                batches += [Batch(supervision, sequences, anchors_BA) for anchors_BA in draws]
-                self.tokens += int(sequences.mask_BT.sum())
-                self.forwards += 1
-            rng.shuffle(batches)
-            yield batches
+        for pool in pools(self.train_samples, optim, self.config.seed, self.forwards):
+            if self.step >= optim.steps or self._out_of_patience():
+                return
+            if not pool.steps:
+                raise TrainingError(
+                    f"no token to predict in {optim.pool} groups of samples at step {self.step}",
+                    expected="answers of at least two tokens",
+                    fix="Check the data with `dspark data stats`.",
+                )
+            self.forwards, self.tokens = pool.forwards, self.tokens + pool.tokens
+            supervised: dict[int, Supervision] = {}
+            for i, step in enumerate(pool.steps, start=1):
+                loss = self._optimizer_step(module, step[self.processes.rank :: self.processes.world], supervised)
+                self.step += 1
+                self._between_pools = i == len(pool.steps)
+                yield loss
+                if self.step >= optim.steps or self._out_of_patience():
+                    return
 
-    def _optimizer_step(self, batch: Batch) -> float:
-        blocks = cut_blocks(batch.sequences, batch.anchors_BA, self.config.drafter.block_size)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
-            losses = self.objective(batch.supervision, blocks)
-        if not torch.isfinite(losses.total):
-            raise TrainingError(
-                f"the loss is {losses.total.item()} at step {self.step}",
-                expected="a finite loss",
-                fix="Run again to resume from the last checkpoint, with a lower optim.learning_rate.",
-            )
-        for group in self.optimizer.param_groups:
+    def _optimizer_step(self, module: nn.Module, draws: list[Draw], supervised: dict[int, Supervision]) -> float:
+        """Accumulate the gradients of this process' micro-batches, average them over the processes, and step."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for i, draw in enumerate(draws, start=1):
+            if draw.forward not in supervised:
+                supervised[draw.forward] = supervise(self.source, self.target, draw.sequences, self.vocab)
+            blocks = cut_blocks(draw.sequences, draw.anchors_BA, self.config.drafter.block_size)
+            last = i == len(draws)
+            with nullcontext() if last else self.processes.without_averaging(module):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+                    loss: Tensor = module(supervised[draw.forward], blocks) / len(draws)
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f"the loss is {loss.item()} at step {self.step}",
+                        expected="a finite loss",
+                        fix="Run again to resume from the last checkpoint, with a lower optim.learning_rate.",
+                    )
+                loss.backward()
+            total += loss.detach()
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["lr_scale"] * learning_rate(self.config.optim, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
         nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        return losses.total.item()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update(self.step + 1)
+        return self.processes.mean(total)
 
-    def _groups(self) -> Iterator[Sequences]:
-        """Endless groups of sequences of similar length, from where the run stands (the cursor is `forwards`)."""
-        to_skip = self.forwards
-        for epoch in itertools.count():
-            rng = random.Random(f"epoch/{self.config.seed}/{epoch}")
-            order = self.train_samples[:]
-            rng.shuffle(order)
-            groups = _similar_lengths(order, self.config.optim.sequences)
-            rng.shuffle(groups)
-            yield from (pad(group) for group in groups[to_skip:])
-            to_skip = max(0, to_skip - len(groups))
+    def _feature_source(self) -> FeatureSource:
+        features = self.config.features
+        online = OnlineFeatures(self.target, self.layer_ids, self.scale_M)
+        if features.source == "online":
+            return online
+        directory = Path(features.directory) if features.directory else self.output / "features"
+        identity = CacheIdentity.of(self.target, self.layer_ids, self.scale_M)
+        writer = (self.processes.rank, self.processes.world)
+        return CachedFeatures(
+            online,
+            directory,
+            int(features.cap_gb * 1e9),
+            features.codec,
+            identity,
+            self.target.model.dtype,
+            writer,
+        )
 
-    def _validate(self, validation: Validation, loss: float) -> None:
-        result = validation.run(self.objective, self.config.drafter.block_size)
+    def _validates_now(self) -> bool:
+        return self.step % self.config.validate_every_steps == 0 or self.step == self.config.optim.steps
+
+    def _validate(self, validation: Validation, loss: float, records: RunLog) -> None:
+        with self.averaged.in_place() if self.averaged is not None else nullcontext():
+            result = validation.run(self.objective, self.config.drafter.block_size)
+            accepted_length = float(result["accepted_length"])  # type: ignore[arg-type]
+            if accepted_length > self.best.accepted_length:
+                self.best = Best(self.step, accepted_length, 0)
+                if self.config.optim.patience is not None:
+                    checkpoint.save_weights(self.output / "best.safetensors", self.drafter)
+            else:
+                self.best = self.best._replace(since=self.best.since + 1)
         row = {"step": self.step, "seconds": round(self.seconds, 1), "tokens": self.tokens, "loss": loss}
+        if isinstance(self.source, CachedFeatures):
+            row |= {f"cache_{key}": value for key, value in self.source.counts._asdict().items()}
         self.history.append(row | result)
-        self.output.mkdir(parents=True, exist_ok=True)
-        with (self.output / "log.jsonl").open("a") as file:
-            file.write(json.dumps(self.history[-1]) + "\n")
+        records.add(self.history[-1])
         log.info("step %d: %s", self.step, result)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.optim.patience
+        if patience is None or not self._validates_now():
+            return False
+        return self.processes.agree(self.best.since >= patience)
+
+    def _keep_the_best(self) -> None:
+        """Leave the weights that validation measured in `drafter`: the best ones, or the averaged ones."""
+        self.processes.wait()
+        best = self.output / "best.safetensors"
+        if self.config.optim.patience is not None and best.exists():
+            checkpoint.load_weights(best, self.drafter)
+        elif self.averaged is not None:
+            self.averaged.keep()
 
     def _report(self, loss: float, seconds_left: float) -> StepReport:
         newest = self.history[-1]["accepted_length"] if self.history else math.nan
         return StepReport(self.step, self.config.optim.steps, loss, newest, self.tokens, seconds_left)
 
     def _save(self) -> None:
-        state = {"forwards": self.forwards, "tokens": self.tokens, "seconds": self.seconds, "history": self.history}
-        checkpoint.save(self.output / "checkpoints", self.step, self.drafter, self.optimizer, state)
+        if not self.processes.first:
+            return
+        state = {
+            "forwards": self.forwards,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.best._asdict() if self.history else None,
+        }
+        average = self.averaged.average if self.averaged is not None else None
+        checkpoint.save(self.output / "checkpoints", self.step, self.drafter, self.optimizers, state, average)
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.output / "checkpoints")
-        if path is None:
-            return
-        state = checkpoint.restore(path, self.drafter, self.optimizer)
-        self.step, self.forwards, self.tokens = state["step"], state["forwards"], state["tokens"]
-        self.seconds, self.history = state["seconds"], state["history"]
-        log.info("resumed at step %d", self.step)
+        if path is not None:
+            average = self.averaged.average if self.averaged is not None else None
+            state = checkpoint.restore(path, self.drafter, self.optimizers, average)
+            self.step, self.forwards, self.tokens = state["step"], state["forwards"], state["tokens"]
+            self.seconds, self.history = state["seconds"], state["history"]
+            self.best = Best(**state["best"]) if state["best"] else self.best
+            log.info("resumed at step %d", self.step)
+        self.processes.wait()  # nobody writes a checkpoint before everybody has read this one
 
 
-def _similar_lengths(samples: list[Sample], size: int) -> list[list[Sample]]:
-    """Cut shuffled samples into groups of `size`, sorted by length within windows so that little is padded."""
-    window = size * 8
-    groups = []
-    for start in range(0, len(samples), window):
-        part = sorted(samples[start : start + window], key=lambda s: len(s.ids))
-        groups += [part[i : i + size] for i in range(0, len(part), size)]
-    return [g for g in groups if len(g) == size] or groups
+class _Step(nn.Module):
+    """The objective as a module, so that gradients can be averaged over processes wherever it uses a parameter."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.drafter = objective.drafter
+        self._objective = objective
+
+    def forward(self, supervision: Supervision, blocks: Blocks) -> Tensor:
+        return self._objective(supervision, blocks).total
+
+
+def _check_split(config: RunConfig, world: int) -> None:
+    if config.optim.micro_batches % world:
+        raise OptionError(
+            f"{config.optim.micro_batches} micro-batches a step in {world} processes",
+            expected="a multiple of the number of processes",
+            fix=f"Set optim.micro_batches={world} (and a lower optim.sequences for the same batch).",
+        )

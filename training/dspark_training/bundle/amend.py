@@ -17,7 +17,7 @@ from dspark_training.bundle.export import load_bundle, save_confidence
 from dspark_training.bundle.manifest import MANIFEST
 from dspark_training.bundle.publish import replacing
 from dspark_training.bundle.rounds import held_out_rounds
-from dspark_training.data.store import Prompt
+from dspark_training.data.conversation import Prompt
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import OnlineFeatures
 from dspark_training.target import Target

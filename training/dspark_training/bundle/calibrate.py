@@ -20,8 +20,9 @@ from dspark_serving.scheduler.calibration_quality import Quality
 from dspark_serving.scheduler.survival_map import MapLabels, SurvivalMap, fit_survival_map
 from dspark_training.bundle.export import Confidence
 from dspark_training.bundle.rounds import HeldOutRounds
+from dspark_training.data.conversation import Prompt
 from dspark_training.data.generate import Request, complete
-from dspark_training.data.store import Prompt, Sample
+from dspark_training.data.store import Sample
 from dspark_training.target import Target
 
 log = logging.getLogger(__name__)
