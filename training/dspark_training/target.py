@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,9 +165,11 @@ class Target:
 
     def chat_ids(self, prompt: str) -> list[int]:
         """Token ids of a one-turn conversation, up to where the assistant begins."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        return self.conversation_ids([{"role": "user", "content": prompt}])
+
+    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of chat messages (role, content), up to where the assistant goes on."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def user_prefix(self) -> str:
@@ -185,6 +189,13 @@ class Target:
             mask_BT: 1 where a token is real.
             layer_ids: decoder layers whose output is captured (layer l is HF hidden_states[l + 1]).
         """
+        with self.capturing(layer_ids) as captured:
+            out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), out.last_hidden_state)
+
+    @contextmanager
+    def capturing(self, layer_ids: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+        """A dict that every forward inside fills with the outputs [B, T, D] of these decoder layers."""
         captured: dict[int, Tensor] = {}
         layers = self.model.base_model.layers
         hooks = [
@@ -192,11 +203,10 @@ class Target:
             for i in layer_ids
         ]
         try:
-            out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            yield captured
         finally:
             for hook in hooks:
                 hook.remove()
-        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), out.last_hidden_state)
 
 
 def _hidden_of(layer_output: Tensor | tuple[Tensor, ...]) -> Tensor:

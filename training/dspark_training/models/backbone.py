@@ -7,7 +7,7 @@ Sources: DFlash (arXiv 2602.06036) for the backbone, DSpark (arXiv 2607.05147) f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +40,13 @@ class DrafterDims:
 
 
 Embed = Callable[[Tensor], Tensor]  # ids [...] -> rows [..., D]
+
+
+class ContextKV(NamedTuple):
+    """What a layer keeps of the context: entry t is position t."""
+
+    k_BGTE: Tensor  # rotated
+    v_BGTE: Tensor
 
 
 class BlockOutput(NamedTuple):
@@ -78,24 +85,30 @@ class BlockAttention(nn.Module):
         self.k_norm = nn.RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
         self._rotary = Rotary(dims.head_dim, dims.rope_theta)
 
-    def forward(self, block_BAKD: Tensor, context_BTD: Tensor, anchors_BA: Tensor) -> Tensor:
+    def context_kv(self, context_BTD: Tensor, first_B: Tensor) -> ContextKV:
+        """Keys and values of context tokens; token t of row b stands at position first_B[b] + t."""
+        k_BGTE, v_BGTE = (x.permute(0, 2, 1, 3) for x in self._kv(context_BTD))
+        positions_BT = first_B[:, None] + torch.arange(context_BTD.shape[1])
+        return ContextKV(self._rotary(k_BGTE, positions_BT[:, None]), v_BGTE)
+
+    def forward(self, block_BAKD: Tensor, context: ContextKV, anchors_BA: Tensor) -> Tensor:
         d = self.dims
+        k_BGTE, v_BGTE = context
+        n_context = k_BGTE.shape[2]
         batch, n_anchors, n_block, _ = block_BAKD.shape
         positions_BAK = anchors_BA[..., None] + torch.arange(n_block)
         q = self.q_norm(self.q_proj(block_BAKD).unflatten(-1, (d.num_kv_heads, -1, d.head_dim)))
         q_BGQAKE = self._rotary(q.permute(0, 3, 4, 1, 2, 5), positions_BAK[:, None, None])
         k_BGAKE, v_BGAKE = (x.permute(0, 3, 1, 2, 4) for x in self._kv(block_BAKD))
         k_BGAKE = self._rotary(k_BGAKE, positions_BAK[:, None])
-        k_BGTE, v_BGTE = (x.permute(0, 2, 1, 3) for x in self._kv(context_BTD))
-        k_BGTE = self._rotary(k_BGTE, torch.arange(context_BTD.shape[1]))
 
         q_flat = q_BGQAKE.flatten(2, 4)  # one product with the shared context for all rows of a kv head
         context_scores = (q_flat @ k_BGTE.transpose(-1, -2)).view(*q_BGQAKE.shape[:-1], -1)
-        unseen_BAT = torch.arange(context_BTD.shape[1]) >= anchors_BA[..., None]
+        unseen_BAT = torch.arange(n_context) >= anchors_BA[..., None]
         context_scores = context_scores.masked_fill(unseen_BAT[:, None, None, :, None], float("-inf"))
         block_scores = q_BGQAKE @ k_BGAKE[:, :, None].transpose(-1, -2)
         weights = torch.softmax(torch.cat([context_scores, block_scores], -1) * d.head_dim**-0.5, dim=-1)
-        context_w, block_w = weights.split([context_BTD.shape[1], n_block], dim=-1)
+        context_w, block_w = weights.split([n_context, n_block], dim=-1)
         out_BGQAKE = block_w @ v_BGAKE[:, :, None]
         out_BGQAKE = out_BGQAKE + (context_w.flatten(2, 4) @ v_BGTE).view_as(out_BGQAKE)
         return self.o_proj(out_BGQAKE.permute(0, 3, 4, 1, 2, 5).reshape(batch, n_anchors, n_block, -1))
@@ -126,8 +139,8 @@ class DraftLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
 
-    def forward(self, block_BAKD: Tensor, context_BTD: Tensor, anchors_BA: Tensor) -> Tensor:
-        block_BAKD = block_BAKD + self.self_attn(self.input_layernorm(block_BAKD), context_BTD, anchors_BA)
+    def forward(self, block_BAKD: Tensor, context: ContextKV, anchors_BA: Tensor) -> Tensor:
+        block_BAKD = block_BAKD + self.self_attn(self.input_layernorm(block_BAKD), context, anchors_BA)
         return block_BAKD + self.mlp(self.post_attention_layernorm(block_BAKD))
 
 
@@ -165,12 +178,23 @@ class BlockDrafter(nn.Module):
 
     def hidden(self, features_BTM: Tensor, anchors_BA: Tensor, anchor_ids_BA: Tensor, embed: Embed) -> Tensor:
         """The backbone alone: [B, A, K, D] after the final norm. It knows no drafted token."""
+        first_B = torch.zeros(len(features_BTM), dtype=torch.long)
+        return self.hidden_behind(self.context(features_BTM, first_B), anchors_BA, anchor_ids_BA, embed)
+
+    def context(self, features_BTM: Tensor, first_B: Tensor) -> list[ContextKV]:
+        """What each layer keeps of the features at positions first_B[b], first_B[b] + 1, ... of row b."""
         context_BTD = self.hidden_norm(self.fc(features_BTM))
+        return [layer.self_attn.context_kv(context_BTD, first_B) for layer in self.layers]
+
+    def hidden_behind(
+        self, context: Sequence[ContextKV], anchors_BA: Tensor, anchor_ids_BA: Tensor, embed: Embed
+    ) -> Tensor:
+        """`hidden` of blocks behind a context that was kept; entry t of it is position t."""
         ids_BAK = anchor_ids_BA[..., None].repeat(1, 1, self.dims.block_size)
         ids_BAK[..., 1:] = self.dims.mask_token_id
-        block_BAKD = embed(ids_BAK).to(context_BTD.dtype)
-        for layer in self.layers:
-            block_BAKD = layer(block_BAKD, context_BTD, anchors_BA)
+        block_BAKD = embed(ids_BAK).to(self.norm.weight.dtype)
+        for layer, kept in zip(self.layers, context, strict=True):
+            block_BAKD = layer(block_BAKD, kept, anchors_BA)
         return self.norm(block_BAKD)
 
     def confidence(self, hidden_BAKD: Tensor, previous_BAK: Tensor) -> Tensor:
