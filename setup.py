@@ -61,7 +61,7 @@ setup(
         # Without an accelerator: these pins, then `pip install --no-deps -r requirements/sglang.txt` (see Makefile).
         "cpu": requirements("cpu"),
         "cuda": requirements("sglang"),
-        "train": ["accelerate"],
+        "train": ["accelerate", "datasets", "openai"],
         "dev": requirements("dev"),
     },
     entry_points={

@@ -11,10 +11,9 @@ import pytest
 import torch
 from dspark_training import checkpoint
 from dspark_training.config import DataConfig, DrafterShape, OptimConfig, RunConfig
-from dspark_training.data.answers import write_prompts
 from dspark_training.data.blocks import cut_blocks, draw_anchors, pad
 from dspark_training.data.generate import Request, complete
-from dspark_training.data.store import Sample, SampleStore, read_prompts
+from dspark_training.data.store import Sample, SampleStore
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.optimizer import learning_rate
 from dspark_training.run import DEMO_RECIPE, load_recipe
@@ -71,37 +70,12 @@ def test_batched_completion_equals_transformers_one_by_one(target: Target) -> No
         assert got[request.key].answer_ids == alone[0, ids.shape[1] :].tolist()
 
 
-def test_written_prompts_begin_with_their_opening_and_end_by_themselves(target: Target) -> None:
-    seen: list[tuple[int, int]] = []
-    prompts = write_prompts(
-        target,
-        {"chat": ["Why"], "code": ["Write"]},
-        {"chat": 20, "code": 20},
-        seed=0,
-        batch_size=16,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen[-1] == (40, 40)
-    assert prompts, "the tiny target should stop now and then"
-    heads = {"chat": "Why", "code": "Write"}
-    assert all(p.text.startswith(heads[p.domain]) for p in prompts)
-    assert len({p.key for p in prompts}) == len(prompts) < 40
-
-
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     store = SampleStore(tmp_path / "s.jsonl")
     store.append(samples(3))
     with store.path.open("a") as file:
         file.write('{"key": "half')
     assert list(SampleStore(store.path)) == samples(3)
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"domain": "math"}', '{"prompt": "  "}'])
-def test_a_bad_prompt_row_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match=r"p\.jsonl:2"):
-        read_prompts(path)
 
 
 def test_blocks_carry_the_tokens_behind_their_anchor() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import platform
 from collections import Counter
 from collections.abc import Callable
@@ -19,8 +17,12 @@ from dspark_serving.errors import DataError, OptionError
 from dspark_training.bundle.card import write_card
 from dspark_training.bundle.export import export_bundle
 from dspark_training.config import RunConfig
-from dspark_training.data.answers import Progress, answer, with_suffix, write_prompts
-from dspark_training.data.store import Prompt, Sample, read_prompts
+from dspark_training.data.answers import Progress, answer
+from dspark_training.data.conversation import Prompt
+from dspark_training.data.prompts import read_prompts, with_suffix
+from dspark_training.data.skipped import Skipped
+from dspark_training.data.store import Sample
+from dspark_training.data.written import read_seeds, write_prompts
 from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
@@ -83,31 +85,33 @@ def load_recipe(path: Path) -> RunConfig:
 def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path, progress: Progress) -> list[Prompt]:
     """Given prompts with their suffix, then those that the target writes (kept in `output` for a resumed run)."""
     data = config.data
-    prompts = [p for name in data.prompts for p in read_prompts(root / name)]
+    skipped = Skipped(output / "prompts.skipped.jsonl")
+    prompts = [p for name in data.prompts for p in read_prompts(_found(root, name), skipped)]
+    if skipped.counts:
+        log.warning("%s", skipped.summary())
     prompts = with_suffix(prompts, data.suffix_domain, data.suffix, data.suffix_share, seed=config.seed)
     if not data.written_prompts:
         return prompts
     if data.openings is None:
         raise DataError(
             "written_prompts without openings",
-            expected="data.openings, a JSON file of domain -> first words",
+            expected="data.openings, a JSON file of seeds (see `dspark data prompts`)",
             fix="Add it, or drop data.written_prompts.",
         )
-    kept = output / "written_prompts.jsonl"
-    if not kept.exists():
-        openings = json.loads((root / data.openings).read_text())
-        written = write_prompts(
-            target,
-            openings,
-            data.written_prompts,
-            seed=config.seed,
-            batch_size=data.batch_size,
-            progress=progress,
-        )
-        unfinished = kept.with_suffix(".partial")
-        unfinished.write_text("".join(json.dumps({"domain": p.domain, "prompt": p.text}) + "\n" for p in written))
-        os.replace(unfinished, kept)
-    return prompts + read_prompts(kept)
+    return prompts + write_prompts(
+        target,
+        read_seeds(root / data.openings),
+        data.written_prompts,
+        output / "written_prompts.jsonl",
+        seed=config.seed,
+        batch_size=data.batch_size,
+        progress=progress,
+    )
+
+
+def _found(root: Path, name: str) -> str:
+    """A path below `root` if it is there, else the name of a dataset."""
+    return str(root / name) if name.endswith(".jsonl") or (root / name).exists() else name
 
 
 def collect_samples(

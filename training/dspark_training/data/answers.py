@@ -1,73 +1,21 @@
-"""From prompts (given, or written by the target itself) to a store of answers by the target."""
+"""Answers by the target itself, in this process."""
 
 from __future__ import annotations
 
-import logging
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from dspark_training.data.chat import ChatTemplate, Turn
+from dspark_training.data.conversation import Prompt
+from dspark_training.data.dialogue import Dialogue, finish, open_dialogues
 from dspark_training.data.generate import Completion, Request, complete
-from dspark_training.data.store import Prompt, Sample, SampleStore
+from dspark_training.data.skipped import Skipped
+from dspark_training.data.store import SampleStore
 from dspark_training.target import Target
 
-log = logging.getLogger(__name__)
-
 Progress = Callable[[int, int], None]  # (done, total)
-_PROMPT_TOKENS = 120  # a synthesised user message that is longer is dropped
-_PROMPT_TEMPERATURE = 0.8
-
-
-def write_prompts(
-    target: Target,
-    openings: dict[str, list[str]],
-    per_domain: dict[str, int],
-    *,
-    seed: int,
-    batch_size: int,
-    progress: Progress = lambda done, total: None,
-) -> list[Prompt]:
-    """Let the target write user messages that begin with the given openings.
-
-    The chat template's user prefix plus an opening is continued by the target; messages that do not end by
-    themselves and duplicates are dropped, so fewer than asked for may come back.
-
-    Args:
-        openings: domain -> first words of a user message.
-        per_domain: domain -> how many messages to draw.
-    """
-    rng = random.Random(seed)
-    requests, heads = [], {}
-    for domain, count in per_domain.items():
-        for i in range(count):
-            head = rng.choice(openings[domain])
-            key = f"{domain}/{i}"
-            ids = target.tokenizer(target.user_prefix() + head, add_special_tokens=False).input_ids
-            heads[key] = (domain, head)
-            requests.append(Request(key, ids, _PROMPT_TEMPERATURE, _PROMPT_TOKENS))
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Prompt] = {}
-    written = 0
-    for batch in complete(target, requests, batch_size=batch_size, generator=generator):
-        for prompt in (_as_prompt(target, *heads[c.key], c) for c in batch if c.stopped):
-            found[prompt.key] = prompt
-        written += len(batch)
-        progress(written, len(requests))
-    log.info("the target wrote %d usable prompts of %d", len(found), len(requests))
-    return list(found.values())
-
-
-def _as_prompt(target: Target, domain: str, head: str, completion: Completion) -> Prompt:
-    tail = target.tokenizer.decode(completion.answer_ids[:-1])
-    return Prompt(domain, (head + tail).strip())
-
-
-def with_suffix(prompts: Sequence[Prompt], domain: str, suffix: str, share: float, *, seed: int) -> list[Prompt]:
-    """Append `suffix` to a random `share` of one domain's prompts (how a benchmark asks its questions)."""
-    rng = random.Random(seed)
-    return [p._replace(text=p.text + suffix) if p.domain == domain and rng.random() < share else p for p in prompts]
 
 
 def answer(
@@ -82,45 +30,63 @@ def answer(
     batch_size: int,
     seed: int,
     max_samples: int | None = None,
+    thinking: bool | None = None,
     progress: Progress = lambda done, total: None,
 ) -> SampleStore:
     """Answer every prompt that the store does not hold yet; a second call goes on where the first stopped.
 
+    What cannot be used (over-long prompts, empty answers) goes to `<store>.skipped.jsonl`.
+
     Args:
-        max_samples: stop when the store holds that many; prompts are taken in random order.
-        greedy_share: share of answers decoded greedily; the rest is drawn at `temperature`.
+        greedy_share: share of prompts answered greedily; the rest is drawn at `temperature`.
+        max_prompt_tokens: longer prompts are skipped; a conversation that grows longer ends there.
+        max_samples: stop when the store holds that many prompts; they are taken in random order.
+        thinking: passed to the chat template as `enable_thinking`; None leaves it to the template.
+
+    Raises:
+        DataError: the chat template refuses a prompt, or the disk is full.
     """
     store = SampleStore(store_path)
-    done = store.keys()
-    rng = random.Random(seed)
-    by_key: dict[str, Prompt] = {}
-    requests = []
-    for prompt in prompts:
-        heat = 0.0 if rng.random() < greedy_share else temperature
-        if prompt.key in done or prompt.key in by_key:
-            continue
-        ids = target.chat_ids(prompt.text)
-        if len(ids) > max_prompt_tokens:
-            log.warning("skipped a prompt of %d tokens (limit %d)", len(ids), max_prompt_tokens)
-            continue
-        by_key[prompt.key] = prompt
-        requests.append(Request(prompt.key, ids, heat, max_new_tokens))
-    rng.shuffle(requests)
-    if max_samples is not None:
-        requests = requests[: max(0, max_samples - len(done))]
-    total = len(done) + len(requests)
-    generator = torch.Generator().manual_seed(seed + len(done))
+    skipped = Skipped(store.path.with_suffix(".skipped.jsonl"))
+    dialogues = open_dialogues(
+        ChatTemplate.of(target, thinking),
+        prompts,
+        store,
+        skipped,
+        greedy_share=greedy_share,
+        temperature=temperature,
+        max_prompt_tokens=max_prompt_tokens,
+        seed=seed,
+        max_samples=max_samples,
+    )
+    done = len(store.prompt_keys())
+    total = done + len(dialogues)
+    generator = torch.Generator().manual_seed(seed + done)
     # Super-batches in random order keep the store representative if the run is stopped early.
     span = 4 * batch_size
-    for start in range(0, len(requests), span):
-        part = {r.key: r for r in requests[start : start + span]}
-        for batch in complete(target, list(part.values()), batch_size=batch_size, generator=generator):
-            store.append(_sample(by_key[c.key], part[c.key], c) for c in batch)
-            done |= {c.key for c in batch}
-            progress(len(done), total)
+    for start in range(0, len(dialogues), span):
+        waiting = {d.prompt.key: d for d in dialogues[start : start + span]}
+        while waiting:
+            requests = [Request(key, d.prompt_ids, d.temperature, max_new_tokens) for key, d in waiting.items()]
+            for batch in complete(target, requests, batch_size=batch_size, generator=generator):
+                for completion in batch:
+                    dialogue = waiting[completion.key]
+                    if _take(dialogue, completion, target, max_prompt_tokens):
+                        continue
+                    del waiting[completion.key]
+                    finish(dialogue, store, skipped, thinking=thinking)
+                    done += 1
+                progress(done, total)
     return store
 
 
-def _sample(prompt: Prompt, request: Request, completion: Completion) -> Sample:
-    ids = request.prompt_ids + completion.answer_ids
-    return Sample(prompt.key, prompt.domain, request.temperature, ids, [(len(request.prompt_ids), len(ids))])
+def _take(dialogue: Dialogue, completion: Completion, target: Target, max_prompt_tokens: int) -> bool:
+    """Add the completion; True if the next turn should be answered too."""
+    words = completion.answer_ids[: -1 if completion.stopped else None]
+    text = target.tokenizer.decode(words, skip_special_tokens=True)
+    more = dialogue.add(
+        Turn(dialogue.prompt_ids, completion.answer_ids),
+        {"role": "assistant", "content": text},
+        whole=completion.stopped,
+    )
+    return more and len(dialogue.prompt_ids) <= max_prompt_tokens

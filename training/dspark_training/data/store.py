@@ -1,36 +1,31 @@
-"""Training data: prompts, conversations as token ids, and the JSONL store that holds them."""
+"""Samples: conversations as token ids with what the assistant wrote, and the JSONL store that grows with them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dspark_serving.errors import DataError
+import numpy as np
 
+from dspark_training.data.conversation import RowError
+from dspark_training.data.jsonl import append_rows, drop_torn_line, json_lines
 
-class Prompt(NamedTuple):
-    """One user message."""
-
-    domain: str  # math, code, chat, ...
-    text: str
-
-    @property
-    def key(self) -> str:
-        """Identity of the message: the same text in the same domain is the same prompt."""
-        return hashlib.sha256(f"{self.domain}\0{self.text}".encode()).hexdigest()[:16]
+LEAST_SUPERVISED = 2  # a block needs an anchor and a token behind it
+_EXPECTED = "a row by `dspark data answers`"
 
 
 class Sample(NamedTuple):
     """One conversation, ready to train on; only what the assistant wrote is supervised."""
 
-    key: str
+    key: str  # of the prompt; ".1", ".2" ... behind it for further parts of the same conversation
     domain: str
-    temperature: float  # at which the answers were drawn; 0: greedy
+    temperature: float | None  # at which the answers were drawn; 0: greedy, None: not known
     ids: list[int]
     spans: list[tuple[int, int]]  # half-open ranges of `ids` that the assistant wrote, ascending
+    top_p: float = 1.0
+    thinking: bool | None = None  # what the chat template was told; None: nothing
 
     @property
     def supervised(self) -> int:
@@ -42,23 +37,18 @@ class Sample(NamedTuple):
         return [token for start, end in self.spans for token in self.ids[start:end]]
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read JSONL rows {"domain": ..., "prompt": ...} or {"turns": [first user message, ...]}.
+def content_hash(samples: Iterable[Sample]) -> str:
+    """sha256 (hex) over keys, ids and spans in the order of the keys: the same data in any file have the same hash."""
+    digest = hashlib.sha256()
+    for part in sorted(hashlib.sha256(_bytes_of(sample)).digest() for sample in samples):
+        digest.update(part)
+    return digest.hexdigest()
 
-    Raises:
-        DataError: the file is missing, or a row has neither form; names the line.
-    """
-    prompts = []
-    for number, row in _json_lines(Path(path)):
-        text = row.get("prompt") or (row.get("turns") or [None])[0]
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"{path}:{number} has no prompt",
-                expected='a "prompt" string, or "turns" with a first user message',
-                fix="Correct or delete that line.",
-            )
-        prompts.append(Prompt(str(row.get("domain", "chat")), text))
-    return prompts
+
+def _bytes_of(sample: Sample) -> bytes:
+    head = f"{sample.key}\0{sample.domain}\0{sample.temperature}\0{sample.top_p}\0{sample.thinking}\0".encode()
+    ids, spans = np.asarray(sample.ids, dtype="<u4"), np.asarray(sample.spans, dtype="<u4")
+    return head + len(ids).to_bytes(8, "little") + ids.tobytes() + spans.tobytes()
 
 
 class SampleStore:
@@ -67,53 +57,53 @@ class SampleStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_torn_line()
+        drop_torn_line(self.path)
 
     def __iter__(self) -> Iterator[Sample]:
         if self.path.exists():
-            for _, row in _json_lines(self.path):
-                row["spans"] = [tuple(span) for span in row["spans"]]
-                yield Sample(**row)
+            yield from read_samples(self.path)
 
-    def keys(self) -> set[str]:
-        return {sample.key for sample in self}
+    def prompt_keys(self) -> set[str]:
+        """Keys of the prompts that are answered."""
+        return {sample.key.partition(".")[0] for sample in self}
 
     def append(self, samples: Iterable[Sample]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps(sample._asdict()) + "\n")
+        """Write samples behind those that are there.
 
-    def _drop_torn_line(self) -> None:
-        """A kill in mid-write leaves half a line at the end: cut it off."""
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with self.path.open("r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
+        Raises:
+            DataError: the disk is full; what was there stays.
+        """
+        append_rows(self.path, (sample._asdict() for sample in samples))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+def sample_of(row: object) -> Sample:
+    """A row of a store.
+
+    Raises:
+        RowError: the row is no sample, or its spans lie outside its ids.
+    """
+    if isinstance(row, RowError):
+        raise row
     try:
-        file = path.open(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist", expected="a JSONL file", fix="Check the path.") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{number} is no JSON ({error})",
-                    expected="one JSON object a line",
-                    fix="Correct or delete that line.",
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}:{number} is a {type(row).__name__}",
-                    expected="a JSON object",
-                    fix="Correct or delete that line.",
-                )
-            yield number, row
+        if not isinstance(row, dict):
+            raise TypeError("no JSON object")
+        sample = Sample(**row | {"spans": [(int(start), int(end)) for start, end in row["spans"]]})
+        ends = [0, *(edge for span in sample.spans for edge in span), len(sample.ids)]
+    except (TypeError, KeyError, ValueError):
+        raise RowError("no sample", expected=_EXPECTED) from None
+    if ends != sorted(ends) or sample.supervised == 0 or not all(type(i) is int and i >= 0 for i in sample.ids):
+        raise RowError("a sample whose spans or ids cannot be", expected=_EXPECTED)
+    return sample
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Samples of a JSONL file.
+
+    Raises:
+        DataError: the file is missing, or a row is no sample; names the line.
+    """
+    for where, row in json_lines(path):
+        try:
+            yield sample_of(row)
+        except RowError as error:
+            raise error.at(where) from None
