@@ -165,11 +165,9 @@ class Target:
 
     def chat_ids(self, prompt: str) -> list[int]:
         """Token ids of a one-turn conversation, up to where the assistant begins."""
-        return self.conversation_ids([{"role": "user", "content": prompt}])
-
-    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of chat messages (role, content), up to where the assistant goes on."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def user_prefix(self) -> str:

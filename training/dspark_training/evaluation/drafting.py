@@ -1,7 +1,8 @@
 """What speculative decoding asks of a drafter, and the drafters that answer.
 
-A session is one batch under way. It is told the features of every committed position and the token that follows each:
-a block drafter keeps the features as keys and values (DFlash); a chain drafter pairs feature i with token i + 1 (EAGLE-3).
+A session is one batch under way. It is told the features of every committed position and the token that follows
+each: a block drafter keeps the features as keys and values (DFlash); a chain drafter pairs feature i with token i + 1
+(EAGLE-3).
 """
 
 from __future__ import annotations

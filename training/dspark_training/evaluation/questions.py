@@ -5,24 +5,16 @@ The prompts are those of DeepSpec's and DFlash's evaluations where these are pub
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dspark_serving.errors import DataError
-from dspark_training.data.store import json_lines
+from dspark_training.data.conversation import Prompt, RowError, parse_row
+from dspark_training.data.jsonl import json_lines
 
 Row = Mapping[str, Any]
 _REASON = "\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-
-
-class Question(NamedTuple):
-    """What a user says, turn by turn."""
-
-    key: str  # the same turns have the same key
-    domain: str
-    turns: tuple[str, ...]
 
 
 class Source(NamedTuple):
@@ -82,11 +74,11 @@ SOURCES: dict[str, Source] = {
 """The nine benchmarks of the DSpark paper (arXiv 2607.05147), by the names used here."""
 
 
-def read_questions(text: str, limit: int, turns: int = 1) -> tuple[str, list[Question]]:
+def read_questions(text: str, limit: int, turns: int = 1) -> tuple[str, list[Prompt]]:
     """A dataset as the command line names it, and at most `limit` of its questions, spread evenly over it.
 
     Args:
-        text: NAME of SOURCES, fetched by `datasets`; or NAME=PATH: a JSONL file of rows {"turns": [..]} or {"prompt": ..},
+        text: NAME of SOURCES, fetched by `datasets`; or NAME=PATH: a JSONL file (rows as `parse_row` reads them),
             or a directory that `datasets` loads and whose rows are those of the published dataset NAME.
         limit: questions; 0 for all.
         turns: first turns of each conversation that are asked.
@@ -97,7 +89,8 @@ def read_questions(text: str, limit: int, turns: int = 1) -> tuple[str, list[Que
     name, _, path = text.partition("=")
     source = SOURCES.get(name)
     if path and Path(path).is_file():
-        questions = _of_file(Path(path), source.domain if source else "chat")
+        domain = source.domain if source else "chat"
+        questions = [_question(row, domain, where) for where, row in json_lines(Path(path))]
     elif source is None:
         raise DataError(
             f"there is no dataset {name!r}" + (f" and no file {path}" if path else ""),
@@ -110,11 +103,11 @@ def read_questions(text: str, limit: int, turns: int = 1) -> tuple[str, list[Que
         raise DataError(f"the dataset {text} is empty", expected="questions", fix="Choose another one.")
     step = max(1.0, len(questions) / limit) if limit else 1.0
     chosen = [questions[int(i * step)] for i in range(min(limit or len(questions), len(questions)))]
-    unique = {q.key: q for q in (_question(q.domain, q.turns[:turns]) for q in chosen)}
+    unique = {q.key: q for q in (_first_turns(question, turns) for question in chosen)}
     return name, list(unique.values())
 
 
-def questions_of(name: str, rows: Iterable[Row]) -> list[Question]:
+def questions_of(name: str, rows: Iterable[Row]) -> list[Prompt]:
     """Questions of rows as the published dataset `name` has them.
 
     Raises:
@@ -123,38 +116,32 @@ def questions_of(name: str, rows: Iterable[Row]) -> list[Question]:
     source = SOURCES[name]
     questions = []
     for number, row in enumerate(rows):
+        where = f"row {number} of {name}"
         try:
             turns = source.turns(row)
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"row {number} of {name} cannot be read ({type(error).__name__}: {error})",
+                f"{where} cannot be read ({type(error).__name__}: {error})",
                 expected=f"the columns of {source.path}",
                 fix="Give that dataset, or a JSONL file with `prompt` or `turns` as NAME=FILE.",
             ) from error
-        questions.append(_question(source.domain, _checked(turns, f"row {number} of {name}")))
+        questions.append(_question({"turns": turns}, source.domain, where))
     return questions
 
 
-def _of_file(path: Path, domain: str) -> list[Question]:
-    questions = []
-    for number, row in json_lines(path):
-        turns = row["turns"] if "turns" in row else [row.get("prompt")]
-        questions.append(_question(str(row.get("domain", domain)), _checked(turns, f"{path}:{number}")))
-    return questions
+def _question(row: object, domain: str, where: str) -> Prompt:
+    try:
+        if isinstance(row, RowError):
+            raise row
+        conversation = parse_row(row)
+        named = isinstance(row, Mapping) and row.get("domain")
+        return Prompt.of(conversation if named else conversation._replace(domain=domain))
+    except RowError as error:
+        raise error.at(where) from None
 
 
-def _checked(turns: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise DataError(
-            f"{where} has no question",
-            expected='"turns", a list of texts, or a "prompt" text',
-            fix="Correct or delete that row.",
-        )
-    return tuple(turns)
-
-
-def _question(domain: str, turns: tuple[str, ...]) -> Question:
-    return Question(hashlib.sha256("\0".join((domain, *turns)).encode()).hexdigest()[:16], domain, turns)
+def _first_turns(question: Prompt, turns: int) -> Prompt:
+    return question._replace(messages=question.messages[: list(question.openings())[:turns][-1]])
 
 
 def _rows(source: Source, directory: str | None) -> Iterable[Row]:
@@ -166,7 +153,7 @@ def _rows(source: Source, directory: str | None) -> Iterable[Row]:
             return datasets.load_dataset(path, data_files=source.files, split=source.split)
         return datasets.load_dataset(path, None if directory else source.config, split=source.split)
     # Whatever the hub, its files or their builder raise: the library has no common base of them.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise DataError(
             f"the dataset {path} cannot be loaded ({type(error).__name__}: {error})",
             expected=f"its split {source.split}",

@@ -109,9 +109,7 @@ class _Batch:
         """Add the round to the answers; True for rows whose answer is complete."""
         confidence = None if proposal.confidence_BK is None else proposal.confidence_BK.tolist()
         finished = []
-        for row, (accepted, tokens) in enumerate(
-            zip(verdict.accepted_B.tolist(), following_BJ.tolist(), strict=True)
-        ):
+        for row, (accepted, tokens) in enumerate(zip(verdict.accepted_B.tolist(), following_BJ.tolist(), strict=True)):
             answer = self._answers[self._live[row]]
             ended = self._append(row, tokens[: accepted + 1])
             finished.append(ended is not None)
