@@ -69,3 +69,16 @@ def test_without_measuring_a_table_is_taken_as_it_is(tmp_path: Path, engine: Wor
     save_cost(tmp_path / "cost", KEY, CostModel.fit(World(speed=3.0, noise=0.0).profile(np.random.default_rng(1))))
     kept = scheduling._costs(SCHEDULER, ServingConfig(profile_seconds=0), KEY)
     assert kept.plain(1, 24) == pytest.approx(3 * engine.plain(1, 24), rel=0.05)
+
+
+def test_a_table_of_the_bundle_is_taken_where_the_cache_has_none_and_it_holds(tmp_path: Path, engine: World) -> None:
+    carried = tmp_path / "bundle"
+    save_cost(carried, KEY, CostModel.fit(World(noise=0.0).profile(np.random.default_rng(1))))
+    before = (carried / KEY.file_name).read_bytes()
+    found = scheduling._costs(SCHEDULER, ServingConfig(), KEY, carried)
+    assert found.samples == getattr(load_cost(carried, KEY), "samples", None)
+    assert not (tmp_path / "cost").exists()  # nothing was measured
+    engine.speed = 2.0
+    measured = scheduling._costs(SCHEDULER, ServingConfig(), KEY, carried)
+    assert measured.plain(4, 100) / found.plain(4, 100) == pytest.approx(2.0, rel=0.02)
+    assert (carried / KEY.file_name).read_bytes() == before

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from dspark_training.objectives.losses import Weights, dspark_losses, position_weights
+from dspark_kernels.vocabulary_loss import DraftRows, TargetRows
+from dspark_training.objectives.losses import Losses, Weights, dspark_losses, position_weights
 from torch import Tensor
 
 WEIGHTS = Weights(ce=0.1, l1=0.9, confidence=1.0)
@@ -48,10 +49,17 @@ def rows(
     return logits, probs, labels, confidence, weights
 
 
+def losses(logits: Tensor, probs: Tensor, *rest: Tensor | Weights) -> Losses:
+    """The objective of given logits and probabilities: heads that are identities."""
+    same_VV = torch.eye(logits.shape[1])
+    target = TargetRows(probs.log(), same_VV, torch.zeros(len(probs)), torch.arange(len(probs)))
+    return dspark_losses(DraftRows(logits, same_VV), target, *rest)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mass", [1.0, 0.8])
 def test_equals_the_formula_written_out(mass: float) -> None:
     logits, probs, labels, confidence, weights = rows(mass=mass)
-    got = dspark_losses(logits, probs, probs.argmax(-1), labels, confidence, weights, WEIGHTS)
+    got = losses(logits, probs, probs.argmax(-1), labels, confidence, weights, WEIGHTS)
     want = by_hand(logits, probs, labels.tolist(), confidence.tolist(), weights.tolist())
     assert got.total.item() == pytest.approx(want, rel=1e-5)
 
@@ -59,15 +67,15 @@ def test_equals_the_formula_written_out(mass: float) -> None:
 def test_rows_without_weight_change_nothing() -> None:
     logits, probs, labels, confidence, weights = rows()
     weights[5:] = 0
-    full = dspark_losses(logits, probs, probs.argmax(-1), labels, confidence, weights, WEIGHTS)
-    cut = dspark_losses(logits[:5], probs[:5], probs[:5].argmax(-1), labels[:5], confidence[:5], weights[:5], WEIGHTS)
+    full = losses(logits, probs, probs.argmax(-1), labels, confidence, weights, WEIGHTS)
+    cut = losses(logits[:5], probs[:5], probs[:5].argmax(-1), labels[:5], confidence[:5], weights[:5], WEIGHTS)
     assert full.total.item() == pytest.approx(cut.total.item(), rel=1e-6)
 
 
 def test_gradient_equals_finite_differences() -> None:
     logits, probs, labels, confidence, weights = rows(n=3, vocab=5)
     logits.requires_grad_()
-    dspark_losses(
+    losses(
         logits, probs, probs.argmax(-1), labels, confidence, weights, WEIGHTS._replace(confidence=0)
     ).total.backward()
     step = 1e-3
@@ -94,7 +102,7 @@ def test_confidence_target_carries_no_gradient_into_the_draft() -> None:
     logits, probs, labels, confidence, weights = rows()
     logits.requires_grad_()
     only_confidence = Weights(0.0, 0.0, 1.0)
-    dspark_losses(
+    losses(
         logits, probs, probs.argmax(-1), labels, confidence.requires_grad_(), weights, only_confidence
     ).total.backward()
     assert logits.grad is None or not logits.grad.any()
@@ -112,6 +120,6 @@ def test_position_weights_decay_and_mask() -> None:
 def test_greedy_agreement_counts_targets_outside_the_draft_vocabulary_as_missed() -> None:
     logits, probs, labels, confidence, weights = rows()
     top = logits.argmax(-1)
-    assert dspark_losses(logits, probs, top, labels, confidence, weights, WEIGHTS).agrees_N.all()
+    assert losses(logits, probs, top, labels, confidence, weights, WEIGHTS).agrees_N.all()
     outside = torch.full_like(top, -1)
-    assert not dspark_losses(logits, probs, outside, labels, confidence, weights, WEIGHTS).agrees_N.any()
+    assert not losses(logits, probs, outside, labels, confidence, weights, WEIGHTS).agrees_N.any()

@@ -44,7 +44,7 @@ def inspect(
             target_config = read_json_object(target / "config.json", "the target's config.json")
             problems = fit_problems(spec, target_config, target)
             spec = spec if problems else complete(spec, target_config)
-    problems += _weight_problems(spec)
+    problems += _weight_problems(spec) + _file_problems(path)
     console.print(_table(spec))
     for problem in problems:
         console.print(f"[red]✗[/] {escape(problem)}", soft_wrap=True, highlight=False)
@@ -62,6 +62,13 @@ def _weight_problems(spec: DrafterSpec) -> list[str]:
         return weight_problems(spec)
     except CheckpointError as error:  # no weights that can be read at all
         return [" ".join(str(error).split())]
+
+
+def _file_problems(path: Path) -> list[str]:
+    from dspark_training.bundle.manifest import drafter_problems
+
+    with one_line_errors():
+        return drafter_problems(path)
 
 
 def _table(spec: DrafterSpec) -> Table:

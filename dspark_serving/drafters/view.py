@@ -15,8 +15,8 @@ from dspark_serving.drafters.readers.own import canonical_config
 from dspark_serving.drafters.spec import DrafterSpec
 from dspark_serving.errors import CheckpointError
 
-# What a drafter may bring besides its weights; linked into the view when it is there.
-COMPANIONS = ("calibration.json", "survival_map.json")
+# What a drafter may bring besides its weights (cost: a directory); linked into the view when it is there.
+COMPANIONS = ("calibration.json", "survival_map.json", "cost")
 
 
 def make_view(spec: DrafterSpec, root: Path) -> Path:
@@ -53,7 +53,7 @@ def make_view(spec: DrafterSpec, root: Path) -> Path:
 def _links(directory: Path) -> dict[str, Path]:
     """What the view links to, by the name there: the weights, their index, and companions."""
     names = {path.relative_to(directory).as_posix(): path for path in weight_files(directory)}
-    extra = {name: directory / name for name in (INDEX, *COMPANIONS) if (directory / name).is_file()}
+    extra = {name: directory / name for name in (INDEX, *COMPANIONS) if (directory / name).exists()}
     return {name: path.resolve() for name, path in (names | extra).items()}
 
 

@@ -125,6 +125,15 @@ def weight_problems(spec: DrafterSpec) -> list[str]:
     return [f"{name} is missing (shape {list(expected[name])})" for name in missing] + problems
 
 
+def weights_of(spec: DrafterSpec) -> dict[str, torch.Tensor]:
+    """The weights that serving loads, by canonical name; `check_weights` says whether they are the right ones.
+
+    Raises:
+        CheckpointError: no safetensors file, or a damaged one.
+    """
+    return dict(_loaded(spec, expected_shapes(spec)))
+
+
 def _loaded(spec: DrafterSpec, expected: Shapes) -> Iterator[tuple[str, torch.Tensor]]:
     """Canonical name and values of each weight that serving loads, one at a time."""
     rename = canonical_names(spec.format)

@@ -14,6 +14,7 @@ from dspark_serving.errors import DataError
 from dspark_serving.scheduler.cost import CostModel, CostSample
 
 FORMAT_VERSION = 2
+COST_DIRECTORY = "cost"  # of the cache, and of a bundle that carries tables
 FIX = "Delete the file; the next start of the server measures again."
 
 
@@ -47,6 +48,27 @@ class _CostFile(BaseModel):
     key: CostKey
     tiers: tuple[PositiveInt, ...] | None
     samples: tuple[CostSample, ...]
+
+
+def checkpoint_identity(checkpoint: Path) -> str:
+    """What a checkpoint is to step times, wherever it lies: its config.json and the size of its weights."""
+    config = checkpoint / "config.json"
+    text = config.read_bytes() if config.is_file() else b""
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    return f"{hashlib.sha256(text).hexdigest()[:16]}:{size}"
+
+
+def tables_of(directory: Path, drafter: str) -> list[Path]:
+    """The tables in a directory that were measured with this drafter (`CostKey.drafter`); damaged ones are skipped."""
+    found = []
+    for path in sorted(directory.glob("cost-*.json")):
+        try:
+            content = _CostFile.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            continue
+        if content.version == FORMAT_VERSION and content.key.drafter == drafter:
+            found.append(path)
+    return found
 
 
 def save_cost(directory: Path, key: CostKey, model: CostModel) -> Path:

@@ -20,7 +20,7 @@ from dspark_serving.scheduler.adaptive import AdaptivePolicy
 from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
 from dspark_serving.scheduler.catalog import PolicyParts, make_policy
 from dspark_serving.scheduler.cost import CostModel
-from dspark_serving.scheduler.cost_table import CostKey, load_cost, save_cost
+from dspark_serving.scheduler.cost_table import COST_DIRECTORY, CostKey, checkpoint_identity, load_cost, save_cost
 from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Policy
 from dspark_serving.sglang_adapter import options, resolution
@@ -95,7 +95,7 @@ def start(scheduler: Any) -> None:
     parts = PolicyParts(
         gamma=worker.gamma,
         slots=int(scheduler.req_to_token_pool.req_generation.shape[0]),
-        cost=_costs(scheduler, config, _cost_key(scheduler, drafter)),
+        cost=_costs(scheduler, config, _cost_key(scheduler, drafter), drafter / COST_DIRECTORY),
         calibration=_calibration(config, drafter, worker.gamma),
         threshold=config.threshold,
         speed_floor=config.speed_floor,
@@ -140,17 +140,22 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
     }
 
 
-def _costs(scheduler: Any, config: ServingConfig, key: CostKey) -> CostModel:
-    """Costs of this engine: from the cache where they still hold, else measured now; without measuring, unknown."""
-    directory = cache_root() / "cost"
-    try:
-        cost = load_cost(directory, key)
-    except DataError as error:
-        logger.warning("%s Measuring again.", error)
-        cost = None
-    if cost is not None and _holds(scheduler, cost, config.profile_seconds):
-        logger.info("step times from %s", directory / key.file_name)
-        return cost
+def _costs(scheduler: Any, config: ServingConfig, key: CostKey, carried: Path | None = None) -> CostModel:
+    """Costs of this engine: kept ones where they still hold, else measured now; without measuring, unknown.
+
+    Args:
+        carried: tables that came with the drafter; looked at where the cache has none that holds, never written to.
+    """
+    directory = cache_root() / COST_DIRECTORY
+    for place in (directory,) if carried is None else (directory, carried):
+        try:
+            cost = load_cost(place, key)
+        except DataError as error:
+            logger.warning("%s Measuring again.", error)
+            continue
+        if cost is not None and _holds(scheduler, cost, config.profile_seconds):
+            logger.info("step times from %s", place / key.file_name)
+            return cost
     if config.profile_seconds == 0:
         return CostModel.unknown()
     logger.info("measuring rounds for at most %.0f s", config.profile_seconds)
@@ -180,8 +185,8 @@ def _cost_key(scheduler: Any, drafter: Path) -> CostKey:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     return CostKey(
         device=name,
-        model=_identity(resolution.local_directory(server_args.model_path, "target model")),
-        drafter=_identity(drafter),
+        model=checkpoint_identity(resolution.local_directory(server_args.model_path, "target model")),
+        drafter=checkpoint_identity(drafter),
         dtype=str(worker.model_runner.dtype).removeprefix("torch."),
         tp_size=get_parallel().tp_size,
         attention_backend=str(server_args.attention_backend),
@@ -190,13 +195,6 @@ def _cost_key(scheduler: Any, drafter: Path) -> CostKey:
         sglang=sglang.__version__,
         plugin=__version__,
     )
-
-
-def _identity(checkpoint: Path) -> str:
-    """Path, and size and time of the weights: enough to notice another checkpoint in the same place."""
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    stats = [path.stat() for path in weights]
-    return f"{checkpoint.resolve()}:{sum(s.st_size for s in stats)}:{max((s.st_mtime_ns for s in stats), default=0)}"
 
 
 def _calibration(config: ServingConfig, drafter: Path, gamma: int) -> Calibration:

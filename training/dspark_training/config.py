@@ -72,7 +72,7 @@ class OptimConfig(_Frozen):
 class RunConfig(_Frozen):
     """One training run: a recipe file holds exactly these fields."""
 
-    algorithm: Literal["dspark"] = "dspark"
+    algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
     data: DataConfig
     drafter: DrafterShape
     optim: OptimConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 from dspark_training.config import OptimConfig
-from dspark_training.models.backbone import BlockDrafter
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
@@ -19,9 +19,9 @@ def learning_rate(optim: OptimConfig, step: int) -> float:
     return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(drafter: BlockDrafter, optim: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(drafter: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW; the Markov head's tables get `markov_lr_scale` times the learning rate (group key `lr_scale`)."""
-    markov = list(drafter.markov_head.parameters()) if drafter.markov_head is not None else []
+    markov = [p for name, p in drafter.named_parameters() if name.startswith("markov_head.")]
     rest = [p for name, p in drafter.named_parameters() if not name.startswith("markov_head.")]
     groups = [{"params": rest, "lr_scale": 1.0}, {"params": markov, "lr_scale": optim.markov_lr_scale}]
     groups = [group for group in groups if group["params"]]

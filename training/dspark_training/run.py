@@ -14,8 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from dspark_serving.errors import DataError, OptionError
-from dspark_training.bundle.card import write_card
-from dspark_training.bundle.export import export_bundle
+from dspark_training.bundle.finish import finish_bundle
 from dspark_training.config import RunConfig
 from dspark_training.data.answers import Progress, answer
 from dspark_training.data.conversation import Prompt
@@ -150,14 +149,16 @@ def train_to_bundle(
     trainer.run(on_step)
     rows = evaluate_drafter(trainer, evaluation_prompts, output, progress)
     facts = _facts(trainer, samples, rows)
-    export_bundle(
+    finish_bundle(
         bundle,
+        config,
         trainer.drafter,
         target,
-        config.drafter,
         trainer.vocab,
         trainer.scale_M,
-        write_card(config, facts),
+        trainer.source,
+        trainer.validation_samples,
+        facts,
         {"recipe": config.model_dump(mode="json"), "facts": facts, "history": trainer.history},
     )
     return rows

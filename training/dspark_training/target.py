@@ -115,7 +115,7 @@ class Target:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.config = model.config
+        self.config = model.config.get_text_config()
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Target:
@@ -131,8 +131,13 @@ class Target:
                 fix="Run `dspark assets smollm2`, or pass --target with a local checkpoint.",
             )
         config = AutoConfig.from_pretrained(path)
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None  # Gemma 2
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, attn_implementation=_ATTENTION
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager" if capped else _ATTENTION,
         )
         return cls(model, AutoTokenizer.from_pretrained(path))
 
@@ -149,16 +154,38 @@ class Target:
         """Factor by which the target multiplies the rows of its embedding; 1 but for Gemma."""
         return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
+    @property
+    def final_soft_cap(self) -> float | None:
+        """Bound of the logits (Gemma), None for none."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
     def soft_cap(self, logits: Tensor) -> Tensor:
         """Logits as the target caps them (Gemma's final soft cap), or as they are."""
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = self.final_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
+    def decoder(self) -> nn.Module:
+        """The stack of decoder layers (`layers`) with its final norm (`norm`).
+
+        Raises:
+            CheckpointError: the model doesn't show its layers, so there is nothing for a drafter to learn from.
+        """
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == self.config.num_hidden_layers:
+            return decoder
+        raise CheckpointError(
+            f"a {type(self.model).__name__} exposes no hidden states of its layers",
+            expected="a decoder of the Llama, Qwen2, Qwen3 or Gemma kind, with its layers in `layers`",
+            fix="Choose another target.",
+        )
+
+    @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer."""
+        """Ids that end an answer; empty for a target that names none."""
         stop = self.model.generation_config.eos_token_id
-        return frozenset(stop if isinstance(stop, list) else [stop])
+        return frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
 
     def new_cache(self) -> Cache:
         return Cache(layers=[SlabLayer() for _ in range(self.config.num_hidden_layers)])
@@ -186,16 +213,23 @@ class Target:
             ids_BT: token ids, right-padded.
             mask_BT: 1 where a token is real.
             layer_ids: decoder layers whose output is captured (layer l is HF hidden_states[l + 1]).
+
+        Raises:
+            CheckpointError: see `decoder`.
         """
         with self.capturing(layer_ids) as captured:
-            out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            out = self.decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), out.last_hidden_state)
 
     @contextmanager
     def capturing(self, layer_ids: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-        """A dict that every forward inside fills with the outputs [B, T, D] of these decoder layers."""
+        """A dict that every forward inside fills with the outputs [B, T, D] of these decoder layers.
+
+        Raises:
+            CheckpointError: see `decoder`.
+        """
         captured: dict[int, Tensor] = {}
-        layers = self.model.base_model.layers
+        layers = self.decoder.layers
         hooks = [
             layers[i].register_forward_hook(lambda _m, _a, out, i=i: captured.__setitem__(i, _hidden_of(out)))
             for i in layer_ids

@@ -23,10 +23,8 @@ from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
 from dspark_training.features.source import FeatureSource, OnlineFeatures
-from dspark_training.models.backbone import BlockDrafter
-from dspark_training.models.setup import feature_scale, new_drafter
-from dspark_training.objectives.block import BlockObjective
-from dspark_training.objectives.losses import Weights
+from dspark_training.models.setup import Drafter, feature_scale, new_drafter
+from dspark_training.objectives.build import Objective, build_objective
 from dspark_training.objectives.supervision import Supervision, supervise
 from dspark_training.optimizer import build_optimizer, learning_rate
 from dspark_training.target import Target
@@ -72,13 +70,12 @@ class Trainer:
         self.vocab, self.coverage = DraftVocab.most_frequent(
             self.train_samples, config.drafter.draft_vocab_size, target.config.vocab_size, target.stop_ids
         )
-        self.drafter: BlockDrafter = new_drafter(target, config.drafter, config.seed)
+        self.drafter: Drafter = new_drafter(target, config.drafter, config.algorithm, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
         self.scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], self.layer_ids)
         self.source: FeatureSource = OnlineFeatures(target, self.layer_ids, self.scale_M)
         self.optimizer = build_optimizer(self.drafter, config.optim)
-        weights = Weights(config.optim.ce_weight, config.optim.l1_weight, config.optim.confidence_weight)
-        self.objective = BlockObjective(self.drafter, target, self.vocab, weights, config.optim.position_decay)
+        self.objective: Objective = build_objective(config.algorithm, self.drafter, target, self.vocab, config.optim)
         self.step, self.forwards, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.history: list[dict] = []
 

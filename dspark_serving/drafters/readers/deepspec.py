@@ -39,6 +39,7 @@ def read(directory: Path, fields: Fields) -> DrafterSpec:
         "num_target_layers": fields.integer("num_target_layers", low=1),
         "target_layer_ids": fields.integers("target_layer_ids"),
         "special_token_ids": special_tokens(fields),
+        "draft_token_ids": draft_vocabulary(directory, fields),
     }
     family: Family = "eagle3"
     if name in _EAGLE3:
@@ -46,7 +47,6 @@ def read(directory: Path, fields: Fields) -> DrafterSpec:
     else:
         fields.integer("markov_rank", low=0)  # required: 0 is what makes a DFlash drafter
         particulars |= block_fields(fields, anchor_predicts=True)
-        particulars["draft_token_ids"] = draft_vocabulary(directory, fields)
         family = "dspark" if particulars["markov_rank"] else "dflash"
     if kind == "gemma4":
         fields, gemma = _gemma4(fields)

@@ -1,125 +1,139 @@
-"""Bundles: a trained drafter as a DeepSpec checkpoint without the target's frozen weights, and back again."""
+"""Bundles: a drafter in this project's own format, with everything that it is served with; written, and read back."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark_serving.drafters import DrafterSpec, read_spec
+from dspark_serving.drafters import DrafterSpec, check_weights, read_spec
+from dspark_serving.drafters.readers.deepspec import VOCABULARY_FILE, vocabulary_text
+from dspark_serving.drafters.readers.own import canonical_config
+from dspark_serving.drafters.weights import weights_of
 from dspark_serving.errors import CheckpointError
+from dspark_serving.scheduler import calibration as temperatures
+from dspark_serving.scheduler import survival_map as maps
+from dspark_serving.scheduler.calibration import Calibration
+from dspark_serving.scheduler.survival_map import SurvivalMap
+from dspark_training.bundle.manifest import check_drafter_files
+from dspark_training.bundle.network import describe_drafter, network_for
+from dspark_training.bundle.publish import replacing
 from dspark_training.config import DrafterShape
 from dspark_training.data.vocab import DraftVocab
-from dspark_training.models.backbone import BlockDrafter, DrafterDims
+from dspark_training.models.setup import Drafter
 from dspark_training.target import Target
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Confidence(NamedTuple):
+    """What was fitted to held-out rounds; either may be missing, and serving then takes its default."""
+
+    calibration: Calibration | None = None
+    survival_map: SurvivalMap | None = None  # for a drafter without a confidence head
 
 
 def export_bundle(
     directory: Path,
-    drafter: BlockDrafter,
+    drafter: Drafter,
     target: Target,
     shape: DrafterShape,
     vocab: DraftVocab,
     scale_M: Tensor,
     card: str,
     provenance: dict[str, Any],
+    confidence: Confidence = Confidence(),
 ) -> None:
-    """Write the bundle next to `directory` and move it into place, replacing what was there.
+    """Write a trained drafter of any family as a bundle, replacing what was there.
 
     Args:
         scale_M: feature scale of training, folded into `fc` here.
         card: text of README.md.
         provenance: written to training.json.
-    """
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
-    weights["fc.weight"] = weights["fc.weight"] * scale_M
-    save_file(
-        {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()},
-        partial / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    (partial / "config.json").write_text(json.dumps(bundle_config(drafter, target, shape, vocab), indent=2) + "\n")
-    (partial / "draft_vocab.json").write_text(json.dumps({"token_ids": vocab.ids_V.tolist()}) + "\n")
-    (partial / "training.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    (partial / "README.md").write_text(card)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(partial, directory)
-
-
-def bundle_config(drafter: BlockDrafter, target: Target, shape: DrafterShape, vocab: DraftVocab) -> dict[str, Any]:
-    """config.json in DeepSpec's field names; `draft_vocab_size` is this project's addition."""
-    dims = drafter.dims
-    return {
-        "architectures": ["Qwen3DSparkModel"],
-        "model_type": "qwen3",
-        "dtype": "bfloat16",
-        "hidden_act": "silu",
-        "hidden_size": dims.hidden_size,
-        "intermediate_size": dims.intermediate_size,
-        "num_hidden_layers": dims.num_layers,
-        "num_attention_heads": dims.num_heads,
-        "num_key_value_heads": dims.num_kv_heads,
-        "head_dim": dims.head_dim,
-        "rms_norm_eps": dims.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_theta},
-        "rope_theta": dims.rope_theta,
-        "max_position_embeddings": target.config.max_position_embeddings,
-        "vocab_size": dims.vocab_size,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "num_target_layers": target.config.num_hidden_layers,
-        "block_size": dims.block_size,
-        "mask_token_id": dims.mask_token_id,
-        "target_layer_ids": list(shape.target_layer_ids),
-        "markov_rank": dims.markov_rank if dims.markov_head_type != "none" else 0,
-        "markov_head_type": dims.markov_head_type,
-        "enable_confidence_head": dims.confidence_head,
-        "confidence_head_with_markov": True,
-        "draft_vocab_size": len(vocab.ids_V),
-    }
-
-
-def load_bundle(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[BlockDrafter, DrafterSpec]:
-    """The drafter of a bundle in plain torch, and its description.
+        confidence: what was fitted to held-out rounds.
 
     Raises:
-        CheckpointError: config.json is missing, contradicts itself, or is no DSpark drafter's.
+        CheckpointError: a weight is not finite, or the directory cannot be written; what was there is intact.
+        OptionError: the directory holds something else than a bundle.
     """
+    weights = {name: tensor.detach().clone() for name, tensor in drafter.state_dict().items()}
+    weights["fc.weight"] = weights["fc.weight"] * scale_M
+    spec = describe_drafter(drafter, target, shape.target_layer_ids, vocab, directory)
+    files = {"training.json": json.dumps(provenance, indent=2) + "\n", "README.md": card}
+    write_bundle(directory, spec, weights, files, confidence)
+
+
+def write_bundle(
+    directory: Path,
+    spec: DrafterSpec,
+    weights: Mapping[str, Tensor],
+    files: Mapping[str, str],
+    confidence: Confidence = Confidence(),
+) -> None:
+    """Write a drafter's files, check them as serving would, and put them in place of `directory`.
+
+    Args:
+        spec: its description, in the own format.
+        weights: by canonical name; stored in bfloat16.
+        files: further text files by name.
+
+    Raises:
+        CheckpointError: weights and description disagree, a weight is not finite, or the disk is full.
+        OptionError: the directory holds something else than a bundle.
+    """
+    stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    with replacing(directory) as partial:
+        save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(canonical_config(spec), indent=2) + "\n")
+        if spec.draft_token_ids is not None:
+            (partial / VOCABULARY_FILE).write_text(vocabulary_text(spec.draft_token_ids))
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        save_confidence(partial, confidence)
+        check_weights(read_spec(partial))
+
+
+def save_confidence(directory: Path, confidence: Confidence) -> None:
+    """Write what was fitted where serving finds it: beside the weights."""
+    if confidence.calibration is not None:
+        confidence.calibration.save(directory / temperatures.FILE_NAME)
+    if confidence.survival_map is not None:
+        confidence.survival_map.save(directory / maps.FILE_NAME)
+
+
+def load_bundle(
+    directory: Path, dtype: torch.dtype = torch.float32, target: Target | None = None
+) -> tuple[Drafter, DrafterSpec]:
+    """The drafter of a directory of any format in plain torch, in evaluation mode, and its description.
+
+    Args:
+        target: to check that it scales embeddings and caps logits as the drafter was trained with.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not what the manifest says; config.json contradicts the weights;
+            or the networks of this package cannot express the drafter (names the reasons).
+    """
+    check_drafter_files(directory)
     spec = read_spec(directory)
-    if spec.mask_token_id is None:
-        raise CheckpointError(
-            f"{directory} holds a drafter of the family {spec.family}",
-            expected="a bundle of this package: a dspark drafter",
-            fix="Use its own trainer's tools for it.",
-        )
-    config = json.loads((directory / "config.json").read_text())
-    drafter = BlockDrafter(
-        DrafterDims(
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            num_layers=spec.layers,
-            num_heads=spec.num_attention_heads,
-            num_kv_heads=spec.num_key_value_heads,
-            head_dim=spec.head_dim,
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=config["rope_parameters"]["rope_theta"],
-            num_features=len(spec.target_layer_ids),
-            vocab_size=spec.vocab_size,
-            block_size=spec.gamma,
-            mask_token_id=spec.mask_token_id,
-            markov_rank=spec.markov_rank,
-            markov_head_type=spec.markov_head_type if spec.markov_rank else "none",
-            confidence_head=bool(config["enable_confidence_head"]),
-        )
-    )
-    drafter.load_state_dict(load_file(directory / "model.safetensors"))
+    drafter = network_for(spec)
+    check_weights(spec)
+    if target is not None:
+        _check_scales(spec, target)
+    drafter.load_state_dict(weights_of(spec))
     return drafter.to(dtype).eval(), spec
+
+
+def _check_scales(spec: DrafterSpec, target: Target) -> None:
+    ours = (spec.embed_scale, spec.final_logit_softcapping or 0.0)
+    theirs = (target.embed_scale, getattr(target.config, "final_logit_softcapping", None) or 0.0)
+    if not torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=0.01):
+        raise CheckpointError(
+            f"the drafter {spec.path} scales embeddings by {ours[0]:g} and caps logits at {ours[1]:g}",
+            expected=f"the target's {theirs[0]:g} and {theirs[1]:g} (0: no cap)",
+            fix="Use a drafter that was trained for this target.",
+        )

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dspark_training.evaluation.acceptance import Proposal, draw
 from dspark_training.evaluation.slabs import Slab
-from dspark_training.models.backbone import BlockDrafter, ContextKV
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.eagle3 import Chain, Eagle3Drafter
+from dspark_training.models.layers import KeysValues
 from dspark_training.target import Target
 
 
@@ -103,13 +105,13 @@ class _BlockSession:
     def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
         new = self._model.context(features_BTM.to(self._model.norm.weight.dtype), self._lengths_B)
         for (keys, values), kv in zip(self._slabs, new, strict=True):
-            keys.write(kv.k_BGTE, self._lengths_B)
-            values.write(kv.v_BGTE, self._lengths_B)
+            keys.write(kv.keys, self._lengths_B)
+            values.write(kv.values, self._lengths_B)
         self._lengths_B = self._lengths_B + counts_B
 
     def propose(self, anchors_B: Tensor, temperature: float, uniform_BK: Tensor) -> Proposal:
         p, model = self._proposer, self._model
-        context = [ContextKV(keys.rows, values.rows) for keys, values in self._slabs]
+        context = [KeysValues(keys.rows, values.rows) for keys, values in self._slabs]
         hidden_BAKD = model.hidden_behind(context, self._lengths_B[:, None], anchors_B[:, None], p.target.embed)
         hidden_BKD = hidden_BAKD.squeeze(1)
         logits_BKU = p.target.soft_cap(hidden_BKD.float() @ p.head_UD.T)
@@ -120,11 +122,7 @@ class _BlockSession:
             if model.markov_head is not None and p.markov_UR is not None:
                 latent_BR = model.markov_head.latent(hidden_BKD[:, : k + 1], previous_BK)[:, -1]
                 row_BU = row_BU + latent_BR.float() @ p.markov_UR.T
-            if temperature > 0:
-                probs.append(torch.softmax(row_BU / temperature, dim=-1))
-                columns_B = draw(probs[-1], uniform_BK[:, k])
-            else:
-                columns_B = row_BU.argmax(-1)
+            columns_B = _pick(row_BU, temperature, uniform_BK[:, k], probs)
             previous_BK = torch.cat([previous_BK, p.ids_U[columns_B][:, None]], dim=1)
         confidence_BK = None
         if model.confidence_head is not None:
@@ -136,3 +134,67 @@ class _BlockSession:
         for slabs in self._slabs:
             for slab in slabs:
                 slab.keep(rows)
+
+
+class ChainProposer:
+    """A chain drafter (EAGLE-3) over its draft vocabulary; arguments as for BlockProposer."""
+
+    def __init__(self, model: Eagle3Drafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor) -> None:
+        self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
+        self.head_UD = target.lm_head_weight_VD[ids_U].float()
+
+    @property
+    def gamma(self) -> int:
+        return self.model.dims.block_size
+
+    def begin(self, batch: int) -> DraftSession:
+        return _ChainSession(self, batch)
+
+
+class _ChainSession:
+    def __init__(self, proposer: ChainProposer, batch: int) -> None:
+        self._proposer, self._model = proposer, proposer.model
+        self._lengths_B = torch.zeros(batch, dtype=torch.long, device=proposer.ids_U.device)
+        self._keys, self._values = Slab(), Slab()
+        self._start_BD = torch.empty(batch, 0)  # h of the last committed row: where the next chain starts
+
+    def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
+        features_BTM = features_BTM.to(self._model.norm.weight.dtype)
+        new = self._model.context(features_BTM, following_BT, self._lengths_B, self._proposer.target.embed)
+        self._keys.write(new.rows.keys, self._lengths_B)
+        self._values.write(new.rows.values, self._lengths_B)
+        self._start_BD = new.hidden_BTD[torch.arange(len(counts_B), device=counts_B.device), counts_B - 1]
+        self._lengths_B = self._lengths_B + counts_B
+
+    def propose(self, anchors_B: Tensor, temperature: float, uniform_BK: Tensor) -> Proposal:
+        p = self._proposer
+        context = KeysValues(self._keys.rows, self._values.rows)
+        chain = Chain(self._lengths_B[:, None] - 1, self._start_BD[:, None], None)
+        tokens, probs = [anchors_B], list[Tensor]()
+        for k in range(p.gamma):
+            hidden_BAD, chain = self._model.step(context, chain, tokens[-1][:, None], p.target.embed)
+            row_BU = p.target.soft_cap(hidden_BAD[:, 0].float() @ p.head_UD.T)
+            tokens.append(p.ids_U[_pick(row_BU, temperature, uniform_BK[:, k], probs)])
+        return Proposal(torch.stack(tokens[1:], 1), torch.stack(probs, 1) if probs else None, p.ids_U, None)
+
+    def keep(self, rows: Tensor) -> None:
+        self._lengths_B, self._start_BD = self._lengths_B[rows], self._start_BD[rows]
+        self._keys.keep(rows)
+        self._values.keep(rows)
+
+
+def proposer_of(
+    model: BlockDrafter | Eagle3Drafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor
+) -> BlockProposer | ChainProposer:
+    """What drafts with a network; arguments as for BlockProposer."""
+    if isinstance(model, Eagle3Drafter):
+        return ChainProposer(model, target, layer_ids, ids_U)
+    return BlockProposer(model, target, layer_ids, ids_U)
+
+
+def _pick(logits_BU: Tensor, temperature: float, uniform_B: Tensor, probs: list[Tensor]) -> Tensor:
+    """The drafted columns [B]; what they were drawn from is added to `probs` where the temperature is above 0."""
+    if temperature == 0:
+        return logits_BU.argmax(-1)
+    probs.append(torch.softmax(logits_BU / temperature, dim=-1))
+    return draw(probs[-1], uniform_B)

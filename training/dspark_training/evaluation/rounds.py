@@ -149,7 +149,7 @@ class _Batch:
         """Final hidden states [B, T, D] and features [B, T, M] of the tokens behind the committed ones."""
         count = ids_BT.shape[1]
         with self._target.capturing(self._layer_ids) as captured:
-            out = self._target.model.base_model(
+            out = self._target.decoder(
                 input_ids=ids_BT,
                 attention_mask=self._cache.mask(count),
                 position_ids=self._cache.positions(count),

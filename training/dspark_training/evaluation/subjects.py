@@ -12,18 +12,18 @@ import torch
 from dspark_serving.drafters import DrafterSpec, check_fit
 from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
 from dspark_training.bundle.export import load_bundle
+from dspark_training.config import OptimConfig
 from dspark_training.data.chat import ChatTemplate
 from dspark_training.data.conversation import Message, Prompt
 from dspark_training.data.generate import Request
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
-from dspark_training.evaluation.drafting import BlockProposer, Drafter, NoDrafter
+from dspark_training.evaluation.drafting import BlockProposer, ChainProposer, Drafter, NoDrafter, proposer_of
 from dspark_training.evaluation.records import Record, rounded
 from dspark_training.evaluation.rounds import Decoded, decode
 from dspark_training.evaluation.walk import Walk, walk_drafter
 from dspark_training.features.source import OnlineFeatures
-from dspark_training.objectives.block import BlockObjective
-from dspark_training.objectives.losses import Weights
+from dspark_training.objectives.build import build_objective
 from dspark_training.target import Target
 
 PLAIN = "off"  # the arm without speculation
@@ -66,7 +66,7 @@ class Loaded(NamedTuple):
     """A drafter on disk, fit for the target."""
 
     path: Path
-    proposer: BlockProposer
+    proposer: BlockProposer | ChainProposer
     spec: DrafterSpec
 
 
@@ -76,10 +76,10 @@ def load_drafter(path: Path, target: Target, target_path: Path) -> Loaded:
     Raises:
         CheckpointError: it is damaged, incomplete, of a kind that the networks here do not have, or for another target.
     """
-    network, spec = load_bundle(path)
+    network, spec = load_bundle(path, target=target)
     spec = check_fit(spec, target.config.to_dict(), target_path)
     ids_U = torch.tensor(spec.draft_token_ids or range(spec.vocab_size))
-    return Loaded(path, BlockProposer(network, target, spec.target_layer_ids, ids_U), spec)
+    return Loaded(path, proposer_of(network, target, spec.target_layer_ids, ids_U), spec)
 
 
 class LocalSubject:
@@ -141,7 +141,7 @@ class LocalSubject:
 
 
 class WalkSubject:
-    """The rounds of a block drafter counted on greedy answers that are already there: fast, temperature 0 only.
+    """The rounds of a drafter counted on greedy answers that are already there: fast, temperature 0 only.
 
     Args:
         answers: finds the plain greedy record of a turn.
@@ -154,7 +154,7 @@ class WalkSubject:
         self._target, self._path, self._answers = target, loaded.path, answers
         vocab = DraftVocab(loaded.proposer.ids_U.tolist(), loaded.spec.vocab_size)
         # The weights of the losses do not matter: only agreement is looked at.
-        self._objective = BlockObjective(loaded.proposer.model, target, vocab, Weights(0.0, 0.0, 0.0), 1.0)
+        self._objective = build_objective(loaded.spec.family, loaded.proposer.model, target, vocab, OptimConfig(steps=1))
         self._source = OnlineFeatures(target, loaded.proposer.layer_ids)
 
     @property

@@ -11,7 +11,7 @@ from dspark_training.data.blocks import cut_blocks, pad, stack_anchors
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import FeatureSource
-from dspark_training.objectives.block import BlockObjective
+from dspark_training.objectives.build import Objective
 from dspark_training.objectives.supervision import supervise
 from dspark_training.target import Target
 
@@ -38,7 +38,7 @@ class Validation:
                 self._items.append((domain, sequences, supervision))
 
     @torch.no_grad()
-    def run(self, objective: BlockObjective, block_size: int) -> dict[str, float | list[float]]:
+    def run(self, objective: Objective, block_size: int) -> dict[str, float | list[float]]:
         """Accepted length (bonus included) over all and by domain, and conditional acceptance by position."""
         lengths: dict[str, list[int]] = defaultdict(list)
         reached, kept = torch.zeros(block_size), torch.zeros(block_size)

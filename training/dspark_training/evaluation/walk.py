@@ -14,7 +14,7 @@ import torch
 from dspark_training.data.blocks import cut_blocks, pad, stack_anchors
 from dspark_training.data.store import Sample
 from dspark_training.features.source import FeatureSource
-from dspark_training.objectives.block import BlockObjective
+from dspark_training.objectives.build import Objective
 from dspark_training.objectives.supervision import supervise
 from dspark_training.target import Target
 
@@ -33,9 +33,7 @@ class Walk(NamedTuple):
 
 
 @torch.no_grad()
-def walk_drafter(
-    target: Target, objective: BlockObjective, source: FeatureSource, samples: Sequence[Sample]
-) -> list[Walk]:
+def walk_drafter(target: Target, objective: Objective, source: FeatureSource, samples: Sequence[Sample]) -> list[Walk]:
     """Walk every greedy answer with the drafter, in the order of `samples` and their spans."""
     block_size = objective.drafter.dims.block_size
     walks = []

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dspark_serving.errors import OptionError
+from dspark_serving.drafters.spec import Family
+from dspark_serving.errors import CheckpointError, OptionError
 from dspark_training.config import DrafterShape
 from dspark_training.data.blocks import pad
 from dspark_training.data.store import Sample
-from dspark_training.models.backbone import BlockDrafter, DrafterDims
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.eagle3 import Eagle3Drafter
+from dspark_training.models.layers import DrafterDims
 from dspark_training.target import Target
 
+Drafter = BlockDrafter | Eagle3Drafter
 
-def dims_for(target: Target, shape: DrafterShape) -> DrafterDims:
-    """Dimensions of a drafter that shares the target's widths.
+# What an algorithm leaves no choice of.
+_FIXED: dict[Family, dict[str, Any]] = {
+    "dspark": {},
+    "dflash": {"markov_head_type": "none", "confidence_head": False},
+    "eagle3": {"markov_head_type": "none", "confidence_head": False, "num_layers": 1},
+}
+
+
+def dims_for(target: Target, shape: DrafterShape, algorithm: Family) -> DrafterDims:
+    """Dimensions of a drafter that shares the target's widths; what the algorithm fixes overrides `shape`.
 
     Raises:
         OptionError: a layer or token id that the target does not have.
+        CheckpointError: the target's config.json lacks a width.
     """
-    c = target.config
+    c, shape = target.config, shape.model_copy(update=_FIXED[algorithm])
     limit = c.num_hidden_layers - 2  # the last layer's output is only exposed after the final norm
     bad = [i for i in (*shape.target_layer_ids,) if not 0 <= i <= limit]
     if bad:
@@ -36,16 +50,16 @@ def dims_for(target: Target, shape: DrafterShape) -> DrafterDims:
             expected=f"an id below {c.vocab_size}",
             fix="Choose an unused special token of the target.",
         )
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    heads = _width(target, "num_attention_heads")
     return DrafterDims(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
+        hidden_size=_width(target, "hidden_size"),
+        intermediate_size=_width(target, "intermediate_size"),
         num_layers=shape.num_layers,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=head_dim,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_parameters["rope_theta"],
+        num_heads=heads,
+        num_kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // heads,
+        rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(target),
         num_features=len(shape.target_layer_ids),
         vocab_size=c.vocab_size,
         block_size=shape.block_size,
@@ -56,25 +70,62 @@ def dims_for(target: Target, shape: DrafterShape) -> DrafterDims:
     )
 
 
-def new_drafter(target: Target, shape: DrafterShape, seed: int) -> BlockDrafter:
-    """Random weights (std 0.02, residual outputs scaled down), layers optionally started from the target's own."""
+def _width(target: Target, name: str) -> int:
+    found = getattr(target.config, name, None)
+    if isinstance(found, int):
+        return found
+    raise CheckpointError(
+        f"the target's config.json has {name} {found!r}",
+        expected="one width for all layers",
+        fix="Choose a target of the Llama, Qwen2, Qwen3 or Gemma kind.",
+    )
+
+
+def _rope_theta(target: Target) -> float:
+    """Base of the target's rotary embedding; of its full-attention layers where kinds of layers differ (Gemma)."""
+    rope = getattr(target.config, "rope_parameters", None) or {}
+    return float(rope.get("full_attention", rope).get("rope_theta", 10000.0))
+
+
+def new_drafter(target: Target, shape: DrafterShape, algorithm: Family, seed: int) -> Drafter:
+    """Random weights (std 0.02, residual outputs scaled down), layers optionally started from the target's own.
+
+    Raises:
+        OptionError, CheckpointError: see `dims_for`.
+    """
     torch.manual_seed(seed)
-    drafter = BlockDrafter(dims_for(target, shape))
+    dims = dims_for(target, shape, algorithm)
+    drafter: Drafter = Eagle3Drafter(dims) if algorithm == "eagle3" else BlockDrafter(dims)
     for name, parameter in drafter.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data /= (2 * shape.num_layers) ** 0.5
-    if drafter.markov_head is not None:
+            parameter.data /= (2 * dims.num_layers) ** 0.5
+    if isinstance(drafter, BlockDrafter) and drafter.markov_head is not None:
         nn.init.zeros_(drafter.markov_head.markov_w2.weight)
-    if drafter.confidence_head is not None:
+    if isinstance(drafter, BlockDrafter) and drafter.confidence_head is not None:
         nn.init.zeros_(drafter.confidence_head.proj.weight)
         nn.init.zeros_(drafter.confidence_head.proj.bias)
     for layer, source in zip(drafter.layers, shape.init_layers, strict=False):
-        layer.load_state_dict(target.model.base_model.layers[source].state_dict(), strict=False)
+        _start_from(layer, target.decoder.layers[source])
     if shape.init_layers:
-        drafter.norm.load_state_dict(target.model.base_model.norm.state_dict())
+        _start_from(drafter.norm, target.decoder.norm)
     return drafter
+
+
+@torch.no_grad()
+def _start_from(module: nn.Module, source: nn.Module) -> None:
+    """Copy every parameter that both have in one shape; a norm's by what it does, because Gemma stores w - 1."""
+    sources = dict(source.named_modules())
+    if "pre_feedforward_layernorm" in sources:  # Gemma's name for the norm before the MLP
+        sources["post_attention_layernorm"] = sources["pre_feedforward_layernorm"]
+    for name, part in module.named_modules():
+        other = sources.get(name)
+        if other is None or getattr(other, "weight", None) is None or getattr(part, "weight", None) is None:
+            continue
+        weight = other(torch.ones_like(other.weight)) if isinstance(part, nn.RMSNorm) else other.weight
+        if weight.shape == part.weight.shape:
+            part.weight.copy_(weight)
 
 
 @torch.no_grad()

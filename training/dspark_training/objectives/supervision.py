@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from dspark_kernels.vocabulary_loss import TargetRows
 from torch import Tensor
 
 from dspark_training.data.blocks import Blocks, Sequences
@@ -14,27 +15,31 @@ from dspark_training.target import Target
 
 
 class Supervision(NamedTuple):
-    """The target's features and its next-token distributions; computed once, used by several optimizer steps."""
+    """The target's features and its next-token distributions, in factors; used by several optimizer steps."""
 
+    ids_BT: Tensor  # of the sequences
     features_BTM: Tensor  # scaled, see Features.context_BTM
-    probs_NV: Tensor  # target probabilities of the draft vocabulary, a row for each predicting position
-    top_N: Tensor  # draft column of the target's greedy token, -1 outside
-    rows_BT: Tensor  # row of position t (whose hidden state predicts token t + 1), 0 where unused
+    last_BTD: Tensor  # the target's lm_head input: position t predicts token t + 1
+    normaliser_BT: Tensor  # log sum exp of the target's logits; inf (no mass at all) where nothing is predicted
+    top_BT: Tensor  # draft column of the target's greedy token, -1 outside; arbitrary where nothing is predicted
 
-    def rows_of(self, blocks: Blocks) -> Tensor:
-        """Rows [B, A, K] of `probs_NV` and `top_N` behind the rows of blocks; arbitrary where they are not valid."""
+    def positions_of(self, blocks: Blocks) -> Tensor:
+        """Positions [B, A, K] of the rows of blocks in the flattened [B * T]; arbitrary where they are not valid."""
+        batch, length = self.top_BT.shape
         positions_BAK = blocks.anchors_BA[..., None] + torch.arange(blocks.labels_BAK.shape[-1])
-        batch_B11 = torch.arange(len(positions_BAK))[:, None, None]
-        return self.rows_BT[batch_B11, positions_BAK.clamp_max(self.rows_BT.shape[1] - 1)]
+        return torch.arange(batch)[:, None, None] * length + positions_BAK.clamp_max(length - 1)
+
+    def target_rows(self, position_N: Tensor, head_VD: Tensor, soft_cap: float | None) -> TargetRows:
+        """The target's probabilities, in factors, for rows at flattened positions [N]."""
+        return TargetRows(
+            self.last_BTD.flatten(0, 1), head_VD, self.normaliser_BT.flatten(), position_N, soft_cap=soft_cap
+        )
 
 
 @torch.no_grad()
 def supervise(source: FeatureSource, target: Target, sequences: Sequences, vocab: DraftVocab) -> Supervision:
-    """Get the features of the sequences and run the target's head over their supervised positions."""
+    """Get what the target says about the sequences."""
     features = source(sequences)
-    wanted_BT = sequences.predicting_BT
-    rows_BT = (wanted_BT.flatten().cumsum(0) - 1).clamp_min(0).view_as(wanted_BT)
-    head_VD = target.lm_head_weight_VD[vocab.ids_V]
-    logits_NV = target.soft_cap(features.last_BTD[wanted_BT].to(head_VD.dtype) @ head_VD.T).float()
-    probs_NV = (logits_NV - features.normaliser_BT[wanted_BT][:, None]).exp_()
-    return Supervision(features.context_BTM, probs_NV, vocab.columns_T[features.top_BT[wanted_BT]], rows_BT)
+    normaliser_BT = features.normaliser_BT.masked_fill(~sequences.predicting_BT, torch.inf)
+    top_BT = vocab.columns_T[features.top_BT]
+    return Supervision(sequences.ids_BT, features.context_BTM, features.last_BTD, normaliser_BT, top_BT)

@@ -1,0 +1,114 @@
+"""Calibration of a drafter's confidences before it has served anybody: fitted to rounds on held-out answers.
+
+`dspark calibrate` does the same from recordings of a server, and serving goes on learning (scheduler/recalibration.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dspark_serving.errors import DataError
+from dspark_serving.scheduler.calibration import Calibration
+from dspark_serving.scheduler.calibration_fit import Labels, fit_temperatures, survival_quality
+from dspark_serving.scheduler.calibration_quality import Quality
+from dspark_serving.scheduler.survival_map import MapLabels, SurvivalMap, fit_survival_map
+from dspark_training.bundle.export import Confidence
+from dspark_training.bundle.rounds import HeldOutRounds
+from dspark_training.data.generate import Request, complete
+from dspark_training.data.store import Prompt, Sample
+from dspark_training.target import Target
+
+log = logging.getLogger(__name__)
+
+
+class FittedConfidence(NamedTuple):
+    """What ships with the drafter, and how good it was on answers that it was not fitted to."""
+
+    confidence: Confidence
+    before: list[Quality]  # of the survival up to each position, with neither map nor temperatures fitted
+    after: list[Quality]  # fitted to one half of the answers, scored on the other, like `before`
+
+
+def held_out_labels(rounds: HeldOutRounds, survival_map: SurvivalMap | None = None) -> Labels:
+    """Labels for `fit_temperatures` and `survival_quality`.
+
+    Args:
+        survival_map: what judges a drafter without a confidence head; None for the default map.
+    """
+    confidence_NG = rounds.confidence_NG
+    if confidence_NG is None:
+        judge = survival_map or SurvivalMap.default(rounds.statistics_NG3.shape[1])
+        statistics, temperature = (torch.from_numpy(x).float() for x in (rounds.statistics_NG3, rounds.temperature_N))
+        confidence_NG = judge.apply(statistics, temperature).numpy()
+    return Labels(confidence_NG, rounds.verify_lens_N, rounds.accepted_N)
+
+
+def fit_confidence(rounds: HeldOutRounds) -> Confidence:
+    """Fit the survival map (of a drafter without a confidence head), then a temperature for each position.
+
+    Raises:
+        DataError: too few verified drafts.
+    """
+    fitted_map = None
+    if rounds.confidence_NG is None:
+        fitted_map = fit_survival_map(
+            MapLabels(rounds.statistics_NG3, rounds.temperature_N, rounds.verify_lens_N, rounds.accepted_N)
+        )
+    calibration = fit_temperatures(held_out_labels(rounds, fitted_map))
+    origin = {"source": "held-out answers", "answers": len(np.unique(rounds.sample_N))}
+    return Confidence(replace(calibration, fitted_on={**calibration.fitted_on, **origin}), fitted_map)
+
+
+def fit_and_score(rounds: HeldOutRounds) -> FittedConfidence | None:
+    """Fit to all rounds; score a fit to every other answer on the rest. None, and a warning, with too few rounds.
+
+    Temperatures that do not lower the mean calibration error of the rest are left out: they would be noise.
+    """
+    odd_N = rounds.sample_N % 2 == 1
+    try:
+        shipped, half = fit_confidence(rounds), fit_confidence(rounds.rows(~odd_N))
+    except DataError as error:
+        log.warning("no calibration: %s", error)
+        return None
+    rest, gamma = rounds.rows(odd_N), rounds.statistics_NG3.shape[1]
+    before = survival_quality(held_out_labels(rest), Calibration.identity(gamma))
+    judged = held_out_labels(rest, half.survival_map)
+    mapped = survival_quality(judged, Calibration.identity(gamma))
+    scaled = survival_quality(judged, half.calibration or Calibration.identity(gamma))
+    if _mean_error(scaled) < _mean_error(mapped):
+        return FittedConfidence(shipped, before, scaled)
+    log.info("temperatures are left out: they do not help on answers that they were not fitted to")
+    return FittedConfidence(shipped._replace(calibration=None), before, mapped)
+
+
+def _mean_error(scores: list[Quality]) -> float:
+    return float(np.nanmean([score.ece for score in scores]))
+
+
+def answered(
+    target: Target,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int = 0,
+) -> list[Sample]:
+    """Answers of the target to some prompts, to walk rounds over; in the order of the prompts."""
+    prompt_ids = [target.chat_ids(prompt.text) for prompt in prompts]
+    requests = [Request(str(i), ids, temperature, max_new_tokens) for i, ids in enumerate(prompt_ids)]
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[int, list[int]] = {}
+    for batch in complete(target, requests, batch_size=batch_size, generator=generator):
+        found |= {int(completion.key): completion.answer_ids for completion in batch}
+    samples = []
+    for i, prompt in enumerate(prompts):
+        ids = prompt_ids[i] + found[i]
+        samples.append(Sample(prompt.key, prompt.domain, temperature, ids, [(len(prompt_ids[i]), len(ids))]))
+    return [sample for sample in samples if sample.supervised > 1]

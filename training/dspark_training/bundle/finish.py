@@ -1,0 +1,60 @@
+"""The end of a training run: calibration on held-out answers, the card, the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dspark_training.bundle.calibrate import fit_and_score
+from dspark_training.bundle.card import quality_section, write_card
+from dspark_training.bundle.export import Confidence, export_bundle
+from dspark_training.bundle.rounds import held_out_rounds
+from dspark_training.config import RunConfig
+from dspark_training.data.store import Sample
+from dspark_training.data.vocab import DraftVocab
+from dspark_training.features.source import FeatureSource
+from dspark_training.models.setup import Drafter
+from dspark_training.target import Target
+
+
+def finish_bundle(
+    directory: Path,
+    config: RunConfig,
+    drafter: Drafter,
+    target: Target,
+    vocab: DraftVocab,
+    scale_M: Tensor,
+    source: FeatureSource,
+    held_out: Sequence[Sample],
+    facts: dict[str, Any],
+    provenance: dict[str, Any],
+) -> None:
+    """Calibrate a trained drafter and write everything that it is served with, replacing what was there.
+
+    Args:
+        scale_M: feature scale of training, which `source` applies and the bundle's `fc` takes over.
+        held_out: answers of the target that were not trained on; too few of them leave the drafter uncalibrated.
+        facts: for the card, see `write_card`.
+        provenance: written to training.json.
+
+    Raises:
+        CheckpointError, OptionError: see `export_bundle`.
+    """
+    usable = [sample for sample in held_out if sample.supervised > 1]
+    fitted = fit_and_score(held_out_rounds(target, drafter, source, vocab, usable)) if usable else None
+    if fitted is not None:
+        facts = facts | {"confidence": quality_section(fitted.before, fitted.after, len(usable))}
+    export_bundle(
+        directory,
+        drafter,
+        target,
+        config.drafter,
+        vocab,
+        scale_M,
+        write_card(config, facts),
+        provenance,
+        Confidence() if fitted is None else fitted.confidence,
+    )
