@@ -167,7 +167,7 @@ def test_a_malformed_row_is_named(tmp_path: Path, line: str) -> None:
 def test_an_unknown_dataset_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="arena-hard-v2"):
         read_questions("gsm9k", 1)
-    with pytest.raises(DataError, match="missing.jsonl"):
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
         read_questions(f"mine={tmp_path}/missing.jsonl", 1)
 
 

@@ -11,11 +11,20 @@ from dspark_training.data.generate import Request
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.acceptance import Draws, Proposal, accept_sampled, draw
-from dspark_training.evaluation.drafting import BlockProposer, Drafter, DraftSession, NoDrafter
+from dspark_training.evaluation.drafting import (
+    BlockProposer,
+    ChainProposer,
+    Drafter,
+    DraftSession,
+    NoDrafter,
+    proposer_of,
+)
 from dspark_training.evaluation.rounds import Decoded, decode
 from dspark_training.evaluation.walk import walk_drafter
 from dspark_training.features.source import OnlineFeatures
-from dspark_training.models.backbone import BlockDrafter, DrafterDims
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.eagle3 import Eagle3Drafter
+from dspark_training.models.layers import DrafterDims
 from dspark_training.objectives.block import BlockObjective
 from dspark_training.objectives.losses import Weights
 from dspark_training.target import Target
@@ -32,6 +41,7 @@ PROMPTS = [[40, 41, 42, 70, 71, 40, 41, 42, 90], [50, 51], [60] * 17, [33, 34, 3
 def proposer(root: Path, target: Target, ids: list[int] | None = None, **shape: object) -> BlockProposer:
     make_tiny_drafter(root, target.config.to_dict(), draft_vocab=ids, **shape)  # type: ignore[arg-type]
     model, spec = load_bundle(root)
+    assert isinstance(model, BlockDrafter)
     return BlockProposer(model, target, spec.target_layer_ids, torch.tensor(ids or range(spec.vocab_size)))
 
 
@@ -68,6 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, BlockPropos
     make_oracle_drafter(root / "drafter", oracle, known_tokens(oracle, 0.8), gamma=4, confidence=True)
     target = Target.load(root / "target")
     model, spec = load_bundle(root / "drafter")
+    assert isinstance(model, BlockDrafter)
     head = torch.arange(VOCAB_SIZE)
     return target, BlockProposer(model, target, spec.target_layer_ids, head[head % 5 > 0])
 
@@ -140,6 +151,38 @@ def test_other_heads_draft_what_their_own_teacher_forced_rows_say(tmp_path: Path
     if drafter.model.markov_head is not None:
         logits = logits + drafter.model.markov_head.markov_w2(drafter.model.markov_head.latent(hidden, previous))
     assert proposal.tokens_BK.tolist() == logits.argmax(-1)[0].tolist()
+
+
+def test_a_chain_drafter_drafts_what_its_teacher_forced_rows_say_round_after_round(tmp_path: Path) -> None:
+    target = tiny_target(tmp_path / "target")
+    torch.manual_seed(5)
+    dims = DrafterDims(48, 64, 1, 6, 2, 16, 1e-5, 1e4, 2, VOCAB_SIZE, 4, 0, 0, "none", confidence_head=False)
+    network = Eagle3Drafter(dims)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, 0.2)
+    drafter = proposer_of(network, target, (0, 2), torch.arange(0, VOCAB_SIZE, 2))
+    assert isinstance(drafter, ChainProposer)
+    ids = torch.tensor([[40, 41, 42, 70, 71, 40, 41, 42, 90], [50, 51, 52, 53, 54, 55, 56, 57, 58]])
+    features = target.features(ids, torch.ones_like(ids), (0, 2)).context_BTM
+    session, at = drafter.begin(2), torch.zeros(2, dtype=torch.long)
+    for counts in (torch.tensor([3, 4]), torch.tensor([1, 3]), torch.tensor([2, 1])):
+        width = int(counts.max())
+        window = (at[:, None] + torch.arange(width)).clamp_max(8)
+        rows = torch.arange(2)[:, None]
+        session.commit(features[rows, window], ids[rows, (window + 1).clamp_max(8)], counts)
+        at = at + counts
+        anchors = ids[torch.arange(2), at]
+        proposal = session.propose(anchors, 0.0, torch.empty(2, 4))
+        previous = torch.cat([anchors[:, None], proposal.tokens_BK[:, :-1]], 1)[:, None]
+        hidden = network(features, ids.roll(-1, 1), at[:, None], previous, target.embed)[:, 0]
+        best = (hidden @ target.lm_head_weight_VD[drafter.ids_U].T).argmax(-1)
+        assert proposal.tokens_BK.tolist() == drafter.ids_U[best].tolist()
+    session.keep(torch.tensor([1]))
+    alone = session.propose(anchors[1:], 0.0, torch.empty(1, 4))
+    assert alone.tokens_BK.tolist() == proposal.tokens_BK[1:].tolist()
+    found = answers(target, drafter, [Request(str(i), p, 0.0, 30) for i, p in enumerate(PROMPTS)])
+    assert all(found[str(i)].answer_ids == generated(target, p, 30) for i, p in enumerate(PROMPTS))
 
 
 class Flattened:

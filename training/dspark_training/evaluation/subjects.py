@@ -153,8 +153,8 @@ class WalkSubject:
         self.name, self.family, self.gamma = name, loaded.spec.family, loaded.proposer.gamma
         self._target, self._path, self._answers = target, loaded.path, answers
         vocab = DraftVocab(loaded.proposer.ids_U.tolist(), loaded.spec.vocab_size)
-        # The weights of the losses do not matter: only agreement is looked at.
-        self._objective = build_objective(loaded.spec.family, loaded.proposer.model, target, vocab, OptimConfig(steps=1))
+        nothing = OptimConfig(steps=1)  # nobody trains: only agreement is looked at
+        self._objective = build_objective(loaded.spec.family, loaded.proposer.model, target, vocab, nothing)
         self._source = OnlineFeatures(target, loaded.proposer.layer_ids)
 
     @property
