@@ -75,7 +75,9 @@ def drafts_by_file(path: Path, target: Target, ids: list[int], root: Path) -> li
     ids_BT = torch.tensor([ids])
     features = target.features(ids_BT, torch.ones_like(ids_BT), LAYER_IDS).context_BTM[0, :-1]
     if spec.family == "eagle3":
-        return Eagle3Reference.read(view, target.model).draft(ids, features).tokens
+        chain = Eagle3Reference.read(view, target.model)
+        chain = chain._replace(weights={name: rows.float() for name, rows in chain.weights.items()})
+        return chain.draft(ids, features).tokens
     embedding, head = target.model.get_input_embeddings().weight, target.lm_head_weight_VD
     reference = BlockReference(view, embedding, head, canonical_names(spec.format))
     reference.weights = {name: rows.float() for name, rows in reference.weights.items()}

@@ -189,7 +189,7 @@ def test_layers_start_from_the_targets(target: Target, algorithm: Any) -> None:
 
 def test_a_target_that_shows_no_layers_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50))
-    target = Target(model, SimpleNamespace())  # type: ignore[arg-type]
+    target = Target(model, SimpleNamespace())
     with pytest.raises(CheckpointError, match="GPT2LMHeadModel exposes no hidden states"):
         target.features(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long), (0,))
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dspark_kernels.row_terms import Chunk, row_terms
+
 _CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**26}  # of the draft, at once
 _MIN_ROWS = 32
 
@@ -93,7 +95,6 @@ class _VocabularyLoss(torch.autograd.Function):
         terms_3N = torch.empty(3, len(labels_N), dtype=precision, device=labels_N.device)
         top_N = torch.empty_like(labels_N)
         weights_3N = torch.stack([torch.zeros_like(terms_3N[0]) if w is None else w.to(precision) for w in weights])
-        compute = row_terms_triton if hidden_ND.is_cuda else row_terms_torch
         for rows_C, positions_U, owner_C in _chunks(target.position_N, len(head_VD)):
             logits_CV, slope_CV = _cap(base.rows(rows_C).to(precision), soft_cap)
             if bias is not None:
@@ -107,13 +108,14 @@ class _VocabularyLoss(torch.autograd.Function):
                 labels_N[rows_C],
                 weights_3N[:, rows_C],
             )
-            terms_3N[:, rows_C], top_N[rows_C] = compute(chunk, any(wants))
+            terms_3N[:, rows_C], top_N[rows_C] = row_terms(chunk, any(wants))
             if bias is not None:
                 bias.send_back(rows_C, logits_CV)
             base.send_back(rows_C, logits_CV if slope_CV is None else logits_CV.mul_(slope_CV))
         ctx.save_for_backward(*base.gradients(), *((None, None) if bias is None else bias.gradients()))
-        ctx.mark_non_differentiable(*terms_3N, top_N)
-        return (weights_3N * terms_3N).sum(), *terms_3N, top_N
+        values = (*terms_3N, top_N)
+        ctx.mark_non_differentiable(*values)
+        return (weights_3N * terms_3N).sum(), *values
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,41 +167,3 @@ def _chunks(position_N: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tenso
     for rows_C, owner_C in zip(order_N.split(size), owner_N.split(size), strict=True):
         first, last = owner_C[[0, -1]].tolist()
         yield rows_C, positions_P[first : last + 1], owner_C - first
-
-
-class Chunk(NamedTuple):
-    """Some rows; U distinct target positions behind them."""
-
-    logits_CV: Tensor  # of the draft; becomes its gradient
-    target_UV: Tensor  # logits of the target
-    normaliser_U: Tensor
-    owner_C: Tensor  # row of `target_UV`
-    labels_C: Tensor
-    weights_3C: Tensor  # of cross-entropy, L1 and soft cross-entropy
-
-
-def row_terms_torch(chunk: Chunk, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Terms [3, C] in the order of the weights, and the draft's greedy columns [C].
-
-    With `gradient`, the gradient of the weighted sum of the terms takes the place of the draft logits.
-    """
-    target_UV = (chunk.target_UV - chunk.normaliser_U[:, None]).exp_()
-    mass_C = target_UV.sum(-1)[chunk.owner_C]
-    target_CV = target_UV[chunk.owner_C]
-    top_C = chunk.logits_CV.argmax(-1)
-    log_draft_CV = chunk.logits_CV.log_softmax(-1)
-    known_C, labels_C1 = chunk.labels_C >= 0, chunk.labels_C.clamp_min(0)[:, None]
-    ce_C = torch.where(known_C, -log_draft_CV.gather(1, labels_C1)[:, 0], 0.0)
-    soft_ce_C = -torch.linalg.vecdot(target_CV, log_draft_CV)
-    draft_CV = log_draft_CV.exp_()
-    difference_CV = draft_CV - target_CV
-    l1_C = difference_CV.abs().sum(-1) + (1 - mass_C).clamp_min(0)
-    if gradient:
-        ce_weight_C1, l1_weight_C1, soft_weight_C1 = chunk.weights_3C[:, :, None]
-        ce_weight_C1 = ce_weight_C1 * known_C[:, None]
-        sign_CV = difference_CV.sign_()
-        pull_C1 = torch.linalg.vecdot(sign_CV, draft_CV)[:, None]
-        constant_C1 = ce_weight_C1 - l1_weight_C1 * pull_C1 + soft_weight_C1 * mass_C[:, None]
-        torch.mul(draft_CV, sign_CV.mul_(l1_weight_C1).add_(constant_C1), out=chunk.logits_CV)
-        chunk.logits_CV.sub_(target_CV.mul_(soft_weight_C1)).scatter_add_(1, labels_C1, -ce_weight_C1)
-    return torch.stack([ce_C, l1_C, soft_ce_C]), top_C

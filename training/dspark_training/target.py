@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ class Target:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The stack of decoder layers (`layers`) with its final norm (`norm`).
 
         Raises:

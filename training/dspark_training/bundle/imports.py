@@ -32,7 +32,7 @@ def import_checkpoint(source: Path, target: Target, directory: Path) -> DrafterS
         CheckpointError: the drafter cannot be read, is damaged or does not fit the target.
         OptionError: `directory` holds something else than a bundle.
     """
-    target_path = Path(target.config._name_or_path)
+    target_path = Path(target.model.name_or_path)
     target_config = read_json_object(target_path / "config.json", "the target's config.json")
     original = check_fit(read_spec(source), target_config, target_path)
     check_weights(original)
