@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,12 +148,11 @@ def _local(
 
 
 def _greedy_answers(evaluation: Evaluation, off: Subject) -> Callable[[Ask], Record]:
-    def find(ask: Ask) -> Record:
-        # Plain decoding comes first, so its answers are kept already.
-        kept = (r for point in evaluation.points for r in evaluation.answers(off, point))
-        return next(r for r in kept if (r.question, r.turn) == (ask.question.key, ask.turn))
+    @cache
+    def greedy() -> dict[tuple[str, int], Record]:
+        return {(r.question, r.turn): r for point in evaluation.points for r in evaluation.answers(off, point)}
 
-    return find
+    return lambda ask: greedy()[ask.question.key, ask.turn]
 
 
 def _servers(urls: Sequence[str], concurrency: int, seed: int) -> list[Subject]:

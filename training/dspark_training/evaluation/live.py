@@ -36,7 +36,7 @@ class LiveSubject:
         info = server_info(self._url)
         drafts = info.get("speculative_num_draft_tokens")
         self.gamma = int(drafts) - 1 if drafts else None
-        self.family = None if self._counters(info) is None else str(info.get("speculative_algorithm") or "").lower()
+        self.family = None if plugin_counters(info) is None else str(info.get("speculative_algorithm") or "").lower()
         self._served = {key: info.get(key) for key in ("model_path", "speculative_draft_model_path")}
 
     @property
@@ -45,20 +45,16 @@ class LiveSubject:
 
     def answer(self, asks: Sequence[Ask], temperature: float, max_tokens: int) -> Iterator[list[Record]]:
         """All turns asked, `concurrency` at a time, as one piece: times and counters are of all of them together."""
-        before = self._counters(server_info(self._url))
+        before = plugin_counters(server_info(self._url))
         start = time.perf_counter()
         with httpx.Client(trust_env=False, timeout=_SECONDS) as client, ThreadPoolExecutor(self._concurrency) as pool:
             bodies = list(pool.map(lambda ask: self._chat(client, ask, temperature, max_tokens), asks))
         seconds = (time.perf_counter() - start) / len(asks)
         records = [_record(ask, body, seconds) for ask, body in zip(asks, bodies, strict=True)]
-        after = self._counters(server_info(self._url))
+        after = plugin_counters(server_info(self._url))
         if before is not None and after is not None:
             _check_rounds(records, after.since(before))
         yield records
-
-    @staticmethod
-    def _counters(info: dict[str, Any]) -> Counters | None:
-        return plugin_counters(info)
 
     def _chat(self, client: httpx.Client, ask: Ask, temperature: float, max_tokens: int) -> dict[str, Any]:
         request = {
@@ -75,7 +71,7 @@ class LiveSubject:
             raise EnvironmentMismatchError(
                 f"{self._url} did not answer a question ({error})",
                 expected="a chat completion",
-                fix="See the server's log; what was answered before is kept.",
+                fix="See the server's log; finished datasets are kept.",
             ) from error
 
 
