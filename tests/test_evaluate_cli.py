@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_goes_on_and_answers_nothing_twice(world: Path
     class Dying(LocalSubject):
         dies = True
 
-        def answer(self, asks: list[Ask], temperature: float, max_tokens: int) -> Iterator[list[Record]]:  # type: ignore[override]
+        def answer(self, asks: Sequence[Ask], temperature: float, max_tokens: int) -> Iterator[list[Record]]:
             for records in super().answer(asks, temperature, max_tokens):
                 asked.extend((r.question, r.turn) for r in records)
                 yield records

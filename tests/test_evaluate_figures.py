@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -32,7 +33,7 @@ def record(question: str, accepted: list[int], verified: list[int] | None = None
         round_tokens=rounds + sum(accepted),
         accepted=accepted,
         verified=verified or [4] * rounds,
-        **(known | others),  # type: ignore[arg-type]
+        **(known | others),
     )
 
 
@@ -100,7 +101,7 @@ def test_confidence_quality_knows_a_good_head_from_a_bad_one() -> None:
     assert labels_of([record("a", [1])]) is None
 
 
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "gsm8k": {"question": "2 + 2?", "answer": "4"},
     "math500": {"problem": "Find $x$.", "solution": "", "answer": "1", "subject": "Algebra", "level": 1},
     "aime25": {"problem": "Find $n$.", "answer": 70, "problem_idx": 1},
