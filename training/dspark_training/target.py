@@ -197,14 +197,6 @@ class Target:
         )
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def user_prefix(self) -> str:
-        """The chat template's text up to where the user's words begin."""
-        mark = "\x02"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=False
-        )
-        return text[: text.index(mark)]
-
     @torch.no_grad()
     def features(self, ids_BT: Tensor, mask_BT: Tensor, layer_ids: tuple[int, ...]) -> TargetFeatures:
         """Run the frozen target once over whole sequences.
