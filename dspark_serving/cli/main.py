@@ -10,6 +10,7 @@ from dspark_serving.cli.bundle import bundle_app
 from dspark_serving.cli.calibrate import calibrate
 from dspark_serving.cli.data import data_app
 from dspark_serving.cli.demo import demo
+from dspark_serving.cli.evaluate import evaluate
 from dspark_serving.cli.inspect import inspect
 from dspark_serving.cli.replay import replay
 from dspark_serving.cli.train import train, train_demo
@@ -21,6 +22,7 @@ app.add_typer(data_app, name="data")
 app.command()(bench)
 app.command()(calibrate)
 app.command()(demo)
+app.command()(evaluate)
 app.command()(inspect)
 app.command()(replay)
 app.command()(train)

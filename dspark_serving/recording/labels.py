@@ -41,8 +41,8 @@ def labels_of(recordings: Sequence[Recording]) -> Labels:
     )
 
 
-def plot_reliability(path: Path, labels: Labels, calibration: Calibration) -> None:
-    """A diagram for each position, before and after calibration; the format follows the file's ending.
+def plot_reliability(path: Path, labels: Labels, calibration: Calibration | None) -> None:
+    """A diagram for each position, before and (where there is one) after calibration; the ending sets the format.
 
     Raises:
         DataError: the ending is of no known format.
@@ -55,12 +55,13 @@ def plot_reliability(path: Path, labels: Labels, calibration: Calibration) -> No
     canvas = FigureCanvasAgg(figure)
     if path.suffix.removeprefix(".").lower() not in canvas.get_supported_filetypes():
         raise DataError(f"cannot draw {path.name}", expected="an ending like .png or .svg", fix="Rename it.")
-    before = calibrated_survival(labels, Calibration.identity(labels.gamma))
-    after = calibrated_survival(labels, calibration)
+    curves = {"before": calibrated_survival(labels, Calibration.identity(labels.gamma))}
+    if calibration is not None:
+        curves["after"] = calibrated_survival(labels, calibration)
     for position, axes in enumerate(np.atleast_1d(figure.subplots(1, labels.gamma, sharey=True)), start=1):
         rows = labels.verified(position)
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        for survival_NG, name in ((before, "before"), (after, "after")):
+        for name, survival_NG in curves.items():
             curve = reliability(survival_NG[rows, position - 1], labels.survived(position)[rows])
             axes.plot(curve.predicted_M, curve.observed_M, marker="o", markersize=3, label=name)
         axes.set(title=f"position {position}", xlabel="predicted survival", xlim=(0, 1), ylim=(0, 1))

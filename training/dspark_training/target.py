@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,14 +197,6 @@ class Target:
         )
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def user_prefix(self) -> str:
-        """The chat template's text up to where the user's words begin."""
-        mark = "\x02"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=False
-        )
-        return text[: text.index(mark)]
-
     @torch.no_grad()
     def features(self, ids_BT: Tensor, mask_BT: Tensor, layer_ids: tuple[int, ...]) -> TargetFeatures:
         """Run the frozen target once over whole sequences.
@@ -215,18 +209,28 @@ class Target:
         Raises:
             CheckpointError: see `decoder`.
         """
+        with self.capturing(layer_ids) as captured:
+            out = self.decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), out.last_hidden_state)
+
+    @contextmanager
+    def capturing(self, layer_ids: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+        """A dict that every forward inside fills with the outputs [B, T, D] of these decoder layers.
+
+        Raises:
+            CheckpointError: see `decoder`.
+        """
         captured: dict[int, Tensor] = {}
-        decoder = self.decoder
+        layers = self.decoder.layers
         hooks = [
-            decoder.layers[i].register_forward_hook(lambda _m, _a, out, i=i: captured.__setitem__(i, _hidden_of(out)))
+            layers[i].register_forward_hook(lambda _m, _a, out, i=i: captured.__setitem__(i, _hidden_of(out)))
             for i in layer_ids
         ]
         try:
-            out = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            yield captured
         finally:
             for hook in hooks:
                 hook.remove()
-        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), out.last_hidden_state)
 
 
 def _hidden_of(layer_output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -105,7 +105,7 @@ class ChatTemplate:
         Raises:
             TemplateMismatchError: the template refuses the conversation.
         """
-        return self._ids(self._text(messages, tools, opening=True))
+        return self.continuation_ids(self._text(messages, tools, opening=True))
 
     def turn(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], answer: Message) -> Turn:
         """The answer as the template renders it behind `messages`, ended by a stop token.
@@ -120,11 +120,11 @@ class ChatTemplate:
                 f"{before[-40:]!r} at its end",
             )
         # Cut at the text, not at the ids: the target continues the ids of the prompt whatever a tokenizer would merge.
-        answer_ids = self._ids(whole[len(before) :])
+        answer_ids = self.continuation_ids(whole[len(before) :])
         end = self._first_stop(answer_ids)
         if end is None:
             raise _no_spans("the chat template ends an answer without a stop token", f"one of {sorted(self.stop_ids)}")
-        return Turn(self._ids(before), answer_ids[:end])
+        return Turn(self.continuation_ids(before), answer_ids[:end])
 
     def passages(self, conversation: Conversation) -> list[Passage]:
         """A whole conversation with what the assistant wrote in it.
@@ -155,8 +155,8 @@ class ChatTemplate:
         return text[: text.index(mark)]
 
     def continuation_ids(self, text: str) -> list[int]:
-        """Ids of text that already has the template's form."""
-        return self._ids(text)
+        """Ids of text that stands behind other ids: nothing is put in front of it."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _marked(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> Passage:
         out = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -190,9 +190,6 @@ class ChatTemplate:
                 expected="roles, order and content that the target was trained with",
                 fix="Leave such conversations out.",
             ) from error
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _no_spans(problem: str, expected: str) -> TemplateMismatchError:

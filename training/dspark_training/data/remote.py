@@ -129,6 +129,8 @@ class _Run:
         """Ask for the models: this also tells a wrong address before anything is queued."""
         try:
             known = [model.id for model in (await self.client.models.list()).data or []]
+        except _EVERY_REQUEST_FAILS as error:
+            raise self._refused(error) from error
         except (openai.OpenAIError, json.JSONDecodeError, AttributeError) as error:
             raise self._lost(error) from error
         self.model = self.model or (known[0] if known else "default")
@@ -197,11 +199,7 @@ class _Run:
             DataError: no other request would fare better.
         """
         if isinstance(error, _EVERY_REQUEST_FAILS):
-            raise DataError(
-                f"{self.server.url} refuses every request ({error})",
-                expected=f"access to the model {self.model!r}",
-                fix="Check --server, --model and the key.",
-            ) from error
+            raise self._refused(error) from error
         if isinstance(error, openai.APIConnectionError):
             try:
                 await self.client.models.list()
@@ -210,6 +208,13 @@ class _Run:
         if isinstance(error, openai.APIStatusError):
             return f"the server answered {error.status_code}"
         return "the server hung up" if isinstance(error, openai.APIConnectionError) else _MALFORMED.problem
+
+    def _refused(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.server.url} refuses every request ({error})",
+            expected="access to the model",
+            fix="Check --server, --model and OPENAI_API_KEY.",
+        )
 
     def _lost(self, error: Exception) -> ServerLostError:
         return ServerLostError(

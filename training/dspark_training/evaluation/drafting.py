@@ -1,0 +1,200 @@
+"""What speculative decoding asks of a drafter, and the drafters that answer.
+
+A session is one batch under way. It is told the features of every committed position and the token that follows
+each: a block drafter keeps the features as keys and values (DFlash); a chain drafter pairs feature i with token i + 1
+(EAGLE-3).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark_training.evaluation.acceptance import Proposal, draw
+from dspark_training.evaluation.slabs import Slab
+from dspark_training.models.backbone import BlockDrafter
+from dspark_training.models.eagle3 import Chain, Eagle3Drafter
+from dspark_training.models.layers import KeysValues
+from dspark_training.target import Target
+
+
+class DraftSession(Protocol):
+    """The drafter's state of one batch."""
+
+    def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
+        """Take over committed positions; row b has counts_B[b] of them, the rest is padding.
+
+        Args:
+            features_BTM: outputs of the captured layers at the positions behind what was committed before.
+            following_BT: the token after each position; the last one of a row is the next anchor.
+        """
+
+    def propose(self, anchors_B: Tensor, temperature: float, uniform_BK: Tensor) -> Proposal:
+        """Draft K tokens behind the anchors; greedily where the temperature is 0, else drawn with `uniform_BK`."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row that is not in `rows` [kept]."""
+
+
+class Drafter(Protocol):
+    """Something that drafts for a target."""
+
+    @property
+    def gamma(self) -> int:
+        """Drafts a round, K."""
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Target layers whose outputs it needs."""
+
+    def begin(self, batch: int) -> DraftSession:
+        """A session of that many rows."""
+
+
+class NoDrafter:
+    """Plain decoding: rounds of one token."""
+
+    gamma = 0
+    layer_ids = ()
+
+    def begin(self, batch: int) -> DraftSession:
+        return self
+
+    def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
+        pass
+
+    def propose(self, anchors_B: Tensor, temperature: float, uniform_BK: Tensor) -> Proposal:
+        no_ids_U = anchors_B.new_empty(0)
+        no_tokens_BK = anchors_B.new_empty(len(anchors_B), 0)
+        return Proposal(no_tokens_BK, torch.empty(len(anchors_B), 0, 0, device=anchors_B.device), no_ids_U, None)
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+
+class BlockProposer:
+    """A block drafter (DFlash, DSpark) over its draft vocabulary.
+
+    Args:
+        model: the network, features as its target gives them (no scale).
+        layer_ids: target layers whose outputs it reads.
+        ids_U: token ids that it may draft, ascending.
+    """
+
+    def __init__(self, model: BlockDrafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor) -> None:
+        self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
+        self.head_UD = target.lm_head_weight_VD[ids_U].float()
+        self.markov_UR = None if model.markov_head is None else model.markov_head.markov_w2.weight[ids_U].float()
+
+    @property
+    def gamma(self) -> int:
+        return self.model.dims.block_size
+
+    def begin(self, batch: int) -> DraftSession:
+        return _BlockSession(self, batch)
+
+
+class _BlockSession:
+    def __init__(self, proposer: BlockProposer, batch: int) -> None:
+        self._proposer, self._model = proposer, proposer.model
+        self._lengths_B = torch.zeros(batch, dtype=torch.long, device=proposer.ids_U.device)
+        self._slabs = [(Slab(), Slab()) for _ in self._model.layers]
+
+    def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
+        new = self._model.context(features_BTM.to(self._model.norm.weight.dtype), self._lengths_B)
+        for (keys, values), kv in zip(self._slabs, new, strict=True):
+            keys.write(kv.keys, self._lengths_B)
+            values.write(kv.values, self._lengths_B)
+        self._lengths_B = self._lengths_B + counts_B
+
+    def propose(self, anchors_B: Tensor, temperature: float, uniform_BK: Tensor) -> Proposal:
+        p, model = self._proposer, self._model
+        context = [KeysValues(keys.rows, values.rows) for keys, values in self._slabs]
+        hidden_BAKD = model.hidden_behind(context, self._lengths_B[:, None], anchors_B[:, None], p.target.embed)
+        hidden_BKD = hidden_BAKD.squeeze(1)
+        logits_BKU = p.target.soft_cap(hidden_BKD.float() @ p.head_UD.T)
+        previous_BK = anchors_B[:, None]  # grows: x_0, x_1, ...
+        probs: list[Tensor] = []
+        for k in range(p.gamma):
+            row_BU = logits_BKU[:, k]
+            if model.markov_head is not None and p.markov_UR is not None:
+                latent_BR = model.markov_head.latent(hidden_BKD[:, : k + 1], previous_BK)[:, -1]
+                row_BU = row_BU + latent_BR.float() @ p.markov_UR.T
+            columns_B = _pick(row_BU, temperature, uniform_BK[:, k], probs)
+            previous_BK = torch.cat([previous_BK, p.ids_U[columns_B][:, None]], dim=1)
+        confidence_BK = None
+        if model.confidence_head is not None:
+            confidence_BK = torch.sigmoid(model.confidence(hidden_BKD, previous_BK[:, :-1]).float())
+        return Proposal(previous_BK[:, 1:], torch.stack(probs, 1) if probs else None, p.ids_U, confidence_BK)
+
+    def keep(self, rows: Tensor) -> None:
+        self._lengths_B = self._lengths_B[rows]
+        for slabs in self._slabs:
+            for slab in slabs:
+                slab.keep(rows)
+
+
+class ChainProposer:
+    """A chain drafter (EAGLE-3) over its draft vocabulary; arguments as for BlockProposer."""
+
+    def __init__(self, model: Eagle3Drafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor) -> None:
+        self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
+        self.head_UD = target.lm_head_weight_VD[ids_U].float()
+
+    @property
+    def gamma(self) -> int:
+        return self.model.dims.block_size
+
+    def begin(self, batch: int) -> DraftSession:
+        return _ChainSession(self, batch)
+
+
+class _ChainSession:
+    def __init__(self, proposer: ChainProposer, batch: int) -> None:
+        self._proposer, self._model = proposer, proposer.model
+        self._lengths_B = torch.zeros(batch, dtype=torch.long, device=proposer.ids_U.device)
+        self._keys, self._values = Slab(), Slab()
+        self._start_BD = torch.empty(batch, 0)  # h of the last committed row: where the next chain starts
+
+    def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
+        features_BTM = features_BTM.to(self._model.norm.weight.dtype)
+        new = self._model.context(features_BTM, following_BT, self._lengths_B, self._proposer.target.embed)
+        self._keys.write(new.rows.keys, self._lengths_B)
+        self._values.write(new.rows.values, self._lengths_B)
+        self._start_BD = new.hidden_BTD[torch.arange(len(counts_B), device=counts_B.device), counts_B - 1]
+        self._lengths_B = self._lengths_B + counts_B
+
+    def propose(self, anchors_B: Tensor, temperature: float, uniform_BK: Tensor) -> Proposal:
+        p = self._proposer
+        context = KeysValues(self._keys.rows, self._values.rows)
+        chain = Chain(self._lengths_B[:, None] - 1, self._start_BD[:, None], None)
+        tokens, probs = [anchors_B], list[Tensor]()
+        for k in range(p.gamma):
+            hidden_BAD, chain = self._model.step(context, chain, tokens[-1][:, None], p.target.embed)
+            row_BU = p.target.soft_cap(hidden_BAD[:, 0].float() @ p.head_UD.T)
+            tokens.append(p.ids_U[_pick(row_BU, temperature, uniform_BK[:, k], probs)])
+        return Proposal(torch.stack(tokens[1:], 1), torch.stack(probs, 1) if probs else None, p.ids_U, None)
+
+    def keep(self, rows: Tensor) -> None:
+        self._lengths_B, self._start_BD = self._lengths_B[rows], self._start_BD[rows]
+        self._keys.keep(rows)
+        self._values.keep(rows)
+
+
+def proposer_of(
+    model: BlockDrafter | Eagle3Drafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor
+) -> BlockProposer | ChainProposer:
+    """What drafts with a network; arguments as for BlockProposer."""
+    if isinstance(model, Eagle3Drafter):
+        return ChainProposer(model, target, layer_ids, ids_U)
+    return BlockProposer(model, target, layer_ids, ids_U)
+
+
+def _pick(logits_BU: Tensor, temperature: float, uniform_B: Tensor, probs: list[Tensor]) -> Tensor:
+    """The drafted columns [B]; what they were drawn from is added to `probs` where the temperature is above 0."""
+    if temperature == 0:
+        return logits_BU.argmax(-1)
+    probs.append(torch.softmax(logits_BU / temperature, dim=-1))
+    return draw(probs[-1], uniform_B)
