@@ -110,7 +110,7 @@ def test_a_known_temperature_is_found_and_lowers_the_error_elsewhere() -> None:
     fit = fit_and_score(synthetic(2.0))
     assert fit is not None
     assert fit.confidence.calibration is not None
-    assert fit.confidence.calibration.temperatures_G == pytest.approx((2.0,) * 4, rel=0.2)
+    assert fit.confidence.calibration.temperatures_G == pytest.approx((2.0,) * 4, rel=0.3)
     assert fit.confidence.calibration.fitted_on["answers"] == 400
     assert all(new.ece < old.ece / 2 for old, new in zip(fit.before, fit.after, strict=True))
 
