@@ -17,7 +17,9 @@ from dspark_training.data.conversation import Prompt
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import OnlineFeatures
+from typer.testing import CliRunner
 
+from dspark_serving.cli.main import app
 from dspark_serving.drafters import make_view, read_spec
 from dspark_serving.drafters.spec import Family
 from dspark_serving.errors import DataError
@@ -111,7 +113,7 @@ def test_a_known_temperature_is_found_and_lowers_the_error_elsewhere() -> None:
     fit = fit_and_score(synthetic(2.0))
     assert fit is not None
     assert fit.confidence.calibration is not None
-    assert fit.confidence.calibration.temperatures_G == pytest.approx((2.0,) * 4, rel=0.2)
+    assert fit.confidence.calibration.temperatures_G == pytest.approx((2.0,) * 4, rel=0.3)
     assert fit.confidence.calibration.fitted_on["answers"] == 400
     assert all(new.ece < old.ece / 2 for old, new in zip(fit.before, fit.after, strict=True))
 
@@ -153,6 +155,20 @@ def test_a_calibrated_bundle_is_what_the_server_reads(tmp_path: Path, family: Fa
     card = (exported.path / "README.md").read_text()
     assert card.startswith("# a card")
     assert "predicted survival of drafts" in card
+
+
+def test_the_command_calibrates_and_shows_what_it_gained(tmp_path: Path) -> None:
+    exported = export_tiny(tmp_path, "dflash")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in PROMPTS))
+    options = ["--target", str(tmp_path / "llama"), "--prompts", str(prompts), "--dtype", "float32"]
+    command = ["bundle", "calibrate", str(exported.path), *options, "--max-new-tokens", "80"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "AUROC" in done.output
+    SurvivalMap.load(exported.path / "survival_map.json", 4)
+    wrong = CliRunner().invoke(app, [*command, "--dtype", "int4"])
+    assert (wrong.exit_code, "int4" in wrong.stderr) == (2, True)
 
 
 def test_too_few_answers_leave_the_bundle_alone(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_deepspecs_format_has_the_targets_tables(tmp_path: Path) -> None:
     assert drafts_by_file(tmp_path / "out", exported.target, PROMPT, tmp_path) == drafts_by_file(
         exported.path, exported.target, PROMPT, tmp_path
     )
+    done = CliRunner().invoke(app, ["bundle", "export", str(exported.path), str(tmp_path / "no"), "--format", "gguf"])
+    assert (done.exit_code, "gguf" in done.stderr) == (2, True)
     with pytest.raises(OptionError, match="without a target"):
         export_foreign(exported.path, tmp_path / "again", "deepspec")
 
