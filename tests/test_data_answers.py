@@ -50,7 +50,8 @@ def test_every_turn_is_the_targets_own_answer_to_what_was_said_before(
     monkeypatch.setattr(target.model.generation_config, "eos_token_id", [511, *range(100, 511, 6)])  # stop often
     asked = [Prompt("mt", tuple({"role": "user", "content": f"{a}{i}"} for a in "pq"[: 1 + i % 2])) for i in range(40)]
     store = ask(target, asked, tmp_path / "s.jsonl", thinking=False, max_prompt_tokens=999)
-    rows = [json.loads(line) for line in (tmp_path / "s.skipped.jsonl").read_text().splitlines()]
+    left_out = tmp_path / "s.skipped.jsonl"
+    rows = [json.loads(line) for line in left_out.read_text().splitlines()] if left_out.exists() else []
     assert {row["reason"] for row in rows} <= {"empty answer"}
     assert {p.key for p in asked} == store.prompt_keys() | {row["where"] for row in rows}
     second = 0
