@@ -41,6 +41,10 @@ class Case(NamedTuple):
 CASES = {
     "z-lab": Case("dflash", "qwen3", "z-lab-dflash"),
     "z-lab-windowed": Case("dflash", "qwen3", "z-lab-dflash-windowed"),
+    "specforge-dflash": Case("dflash", "llama", "specforge-dflash"),
+    "speculators-dflash": Case("dflash", "qwen2", "speculators-dflash"),
+    "deepspec-dflash": Case("dflash", "qwen3", "deepspec-dflash"),
+    "deepspec-rnn": Case("dspark", "qwen3", "deepspec-dspark-rnn"),
     "dflash-anchor-llama-layers": Case("DFlash", "llama", DFLASH | {"layer_kind": "llama", "attention_bias": True}),
     "deepspec-gated": Case("dspark", "qwen2", "deepspec-dspark-gated"),
     "rnn-llama-layers": Case(
