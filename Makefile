@@ -34,11 +34,12 @@ $(STAMP):
 demo: $(STAMP) ## a real target and the shipped drafter on SGLang, with and without speculation
 	@$(BIN)/dspark demo
 
-test: $(STAMP) ## style, types, and the tests (they launch real servers)
+# Most of the tests' time is the start of servers, of one core each: two files at a time, with one thread each.
+test: $(STAMP) ## style, types, and the tests (they launch real servers, two at a time)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Training allocates the same large tensors at every step: glibc keeps them instead of returning them.
 train-demo: $(STAMP) ## train the shipped drafter again; resumes where it was stopped

@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 FILE_VARIABLE = "DRAFT_SPY_FILE"
 SPARSE_VARIABLE = "DRAFT_SPY_SPARSE"
+"""If set, the server drafts where `drafts_at` says so, instead of what the policy says."""
 
 
 def install() -> None:
@@ -27,19 +28,14 @@ def install() -> None:
         HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _draft_sparsely, HookType.AFTER)
 
 
-def environment(directory: Path, *, sparse: bool = False) -> dict[str, str]:
-    """Environment of a server that loads this plugin beside ours; `directory` gets its metadata and the drafts.
-
-    Args:
-        sparse: draft where `drafts_at` says so, instead of what the policy says.
-    """
+def environment(directory: Path) -> dict[str, str]:
+    """Environment of a server that loads this plugin beside ours; `directory` gets its metadata and the drafts."""
     metadata = directory / "draft_spy-0.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: draft-spy\nVersion: 0.0\n")
     (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\ndraft_spy = draft_spy:install\n")
     path = os.pathsep.join([str(directory), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    found = {"PYTHONPATH": path, FILE_VARIABLE: str(directory / "drafts.jsonl")}
-    return found | {SPARSE_VARIABLE: "1"} if sparse else found
+    return {"PYTHONPATH": path, FILE_VARIABLE: str(directory / "drafts.jsonl")}
 
 
 def drafts_at(context: int) -> bool:

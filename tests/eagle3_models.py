@@ -15,9 +15,8 @@ from torch.nn.functional import gelu, linear, silu
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from dspark_serving.drafters import canonical_names, read_spec
-from dspark_serving.drafters.weights import expected_shapes
-from tests.tiny_models import make_tiny_target
+from dspark_serving.drafters import canonical_names
+from tests.tiny_models import make_tiny_target, write_drafter
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3_ROPE = {
@@ -67,18 +66,7 @@ def make_eagle3(
         "own_embedding": False,
         **overrides,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    if draft_vocab is not None:
-        config["draft_vocab_size"] = len(draft_vocab)
-        (path / "draft_vocab.json").write_text(json.dumps({"token_ids": draft_vocab}))
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in expected_shapes(read_spec(path)).items():
-        noise = torch.randn(shape, generator=generator)
-        weights[name] = 1.0 + 0.1 * noise if "norm" in name else 0.15 * noise
-    save_file(weights, path / "model.safetensors")
-    return weights
+    return write_drafter(path, config, draft_vocab, seed=seed)
 
 
 class Block(NamedTuple):

@@ -1,19 +1,25 @@
-"""Real SGLang servers for tests: token-level requests and refusals, on top of the package's own launcher."""
+"""Real SGLang servers for tests: token-level requests and refusals, on top of the package's own launcher.
+
+Each has a cache of its own beside its log, so that no server sees what another one measured.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import pytest
 
+from dspark_serving.recording import read_recording
+from dspark_serving.recording.file import Recording
 from dspark_serving.server import running_server
 
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 
 
 class Server(NamedTuple):
@@ -35,18 +41,42 @@ class Server(NamedTuple):
         info = httpx.get(f"{self.base_url}/server_info", timeout=30.0, trust_env=False).json()
         return dict(info["internal_states"][0]["dspark"])
 
+    def use(self, policy: str, **more: float) -> None:
+        """Switch the policy."""
+        self._post("policy", {"policy": policy, **more})
 
-def dspark(drafter: Path | str) -> list[str]:
+    def record(self, directory: Path) -> Recording:
+        """The newest rounds, of a server that was started with `--dspark-recording directory`."""
+        self._post("recording")
+        return read_recording(max(directory.glob("*.npz"), key=lambda path: path.stat().st_mtime))
+
+    def _post(self, route: str, body: dict[str, Any] | None = None) -> None:
+        url = f"{self.base_url}/dspark/{route}"
+        httpx.post(url, json=body, timeout=60.0, trust_env=False).raise_for_status()
+
+
+def speculation(drafter: Path | str, algorithm: str = "dspark") -> list[str]:
     """The arguments that turn speculation with a drafter on."""
-    return ["--speculative-algorithm", "dspark", "--speculative-draft-model-path", str(drafter)]
+    return ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(drafter)]
 
 
 @contextmanager
-def serve(model: Path, *arguments: str, log: Path, drafter: Path | None = None) -> Iterator[Server]:
-    """Run a server on a free port, with DSPARK when a drafter is given, and yield it once it is healthy."""
-    options = [*arguments, *(dspark(drafter) if drafter is not None else [])]
-    with running_server(model, options, log=log, ready_seconds=START_SECONDS) as running:
-        yield Server(running.url, running.log)
+def serve(
+    model: Path, *arguments: str, log: Path, drafter: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a server on a free port, and yield it once it is healthy.
+
+    Args:
+        drafter: one of DSPARK; None without, or with `speculation` among the arguments.
+        environment: variables of this server alone.
+    """
+    options = [*arguments, *(speculation(drafter) if drafter is not None else [])]
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {"DSPARK_CACHE": str(log.parent / "cache"), **(environment or {})}.items():
+                patch.setenv(name, value)
+            ours = running.enter_context(running_server(model, options, log=log, ready_seconds=START_SECONDS))
+        yield Server(ours.url, ours.log)
 
 
 def run_to_exit(model: Path, *arguments: str) -> tuple[int, str]:

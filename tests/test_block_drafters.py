@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from dspark_serving.drafters import canonical_names, check_fit, make_view, read_
 from tests import draft_spy
 from tests.block_reference import BlockReference
 from tests.published_formats import write_published
-from tests.server import Server, serve
+from tests.server import Server, serve, speculation
 from tests.tiny_blocks import DFLASH, make_tiny_block
 from tests.tiny_models import Arch, load_tiny_target, make_tiny_target
 
@@ -41,6 +40,10 @@ class Case(NamedTuple):
 CASES = {
     "z-lab": Case("dflash", "qwen3", "z-lab-dflash"),
     "z-lab-windowed": Case("dflash", "qwen3", "z-lab-dflash-windowed"),
+    "specforge-dflash": Case("dflash", "llama", "specforge-dflash"),
+    "speculators-dflash": Case("dflash", "qwen2", "speculators-dflash"),
+    "deepspec-dflash": Case("dflash", "qwen3", "deepspec-dflash"),
+    "deepspec-rnn": Case("dspark", "qwen3", "deepspec-dspark-rnn"),
     "dflash-anchor-llama-layers": Case("DFlash", "llama", DFLASH | {"layer_kind": "llama", "attention_bias": True}),
     "deepspec-gated": Case("dspark", "qwen2", "deepspec-dspark-gated"),
     "rnn-llama-layers": Case(
@@ -71,10 +74,6 @@ class Served(NamedTuple):
     target: PreTrainedModel
     reference: BlockReference
 
-    def use(self, policy: str, **more: float) -> None:
-        body = {"policy": policy, **more}
-        httpx.post(f"{self.server.base_url}/dspark/policy", json=body, timeout=60.0, trust_env=False).raise_for_status()
-
     def answers(self, concurrency: int) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(lambda prompt: self.server.generate(prompt, max_new_tokens=TOKENS), PROMPTS))
@@ -102,14 +101,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         target.get_output_embeddings().weight.detach(),
         canonical_names(spec.format),
     )
-    arguments = ["--speculative-algorithm", case.algorithm, "--speculative-draft-model-path", str(drafter)]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in draft_spy.environment(root).items():
-            patch.setenv(name, value)
-        patch.setenv("DSPARK_CACHE", str(root / "cache"))
-        options = [*arguments, "--dspark-policy", "full", "--dspark-profile-seconds", "0"]
-        with serve(root / "target", *options, log=root / "server.log") as server:
-            yield Served(server, root, case, target, reference)
+    options = [*speculation(drafter, case.algorithm), "--dspark-policy", "full", "--dspark-profile-seconds", "0"]
+    environment = draft_spy.environment(root)
+    with serve(root / "target", *options, log=root / "server.log", environment=environment) as server:
+        yield Served(server, root, case, target, reference)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +126,7 @@ def test_the_plugin_serves_it_and_names_its_family(served: Served) -> None:
 @pytest.mark.parametrize("concurrency", [1, 3])
 @pytest.mark.parametrize("policy", ["off", "full", "threshold"])
 def test_greedy_text_is_the_targets_own(served: Served, plain: list[list[int]], policy: str, concurrency: int) -> None:
-    served.use(policy, **({"threshold": 0.5} if policy == "threshold" else {}))
+    served.server.use(policy, **({"threshold": 0.5} if policy == "threshold" else {}))
     before = served.server.report()
     assert [answer["output_ids"] for answer in served.answers(concurrency)] == plain
     report = served.server.report()
@@ -141,7 +136,7 @@ def test_greedy_text_is_the_targets_own(served: Served, plain: list[list[int]], 
 
 
 def test_drafts_equal_the_reference(served: Served) -> None:
-    served.use("full")
+    served.server.use("full")
     compared = 0
     for answer, prompt in zip(served.answers(1), PROMPTS, strict=True):
         blocks = draft_spy.drafts_by_request(served.spied)[answer["meta_info"]["id"]]

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,18 +16,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dspark_serving.drafters import check_fit, make_view, read_spec
-from dspark_serving.recording import read_recording
 from tests import draft_spy
 from tests.eagle3_models import LLAMA3_ROPE, Decoded, Drafter, always, make_bigram_pair, make_eagle3, speculative_decode
 from tests.published_formats import write_published
-from tests.server import Server, serve
+from tests.server import Server, serve, speculation
 from tests.tiny_models import Arch, make_tiny_target
 
 pytestmark = pytest.mark.real_server
 
 # Prompts of seventy tokens are prefilled in three chunks, and their rows cross pages.
 OPTIONS = ("--page-size", "8", "--chunked-prefill-size", "32", "--dspark-policy", "full")
-ALGORITHM = "eagle3"
+NO_PROFILE = ("--dspark-profile-seconds", "0")
 PROMPTS = [[5, 6, 7, 8], list(range(40, 110)), [200] * 9, [17, 300, 4, 99, 260, 31]]
 TOKENS = 40
 ANSWER = {"max_new_tokens": TOKENS, "ignore_eos": True}
@@ -44,28 +43,19 @@ class Spied(NamedTuple):
 
     def confidences(self, rounds: int) -> list[list[float]]:
         """Of the blocks of the last rounds that drafted, which were of one request each."""
-        url = f"{self.server.base_url}/dspark/recording"
-        httpx.post(url, timeout=60.0, trust_env=False).raise_for_status()
-        newest = max((self.directory / "recordings").glob("*.npz"), key=lambda path: path.stat().st_mtime)
-        found = [kept.outcome.confidence_RG for kept in read_recording(newest).rounds]
+        recording = self.server.record(self.directory / "recordings")
+        found = [kept.outcome.confidence_RG for kept in recording.rounds]
         return [confidence_RG[0].tolist() for confidence_RG in found if confidence_RG is not None][-rounds:]
 
 
 @contextmanager
 def spied_server(
-    target: Path, drafter: Path, root: Path, *, sparse: bool = False, environment: Mapping[str, str] | None = None
+    target: Path, drafter: Path, root: Path, *options: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Spied]:
     root.mkdir()
-    with ExitStack() as running:
-        with pytest.MonkeyPatch.context() as patch:  # until the server runs, so that none started later inherits it
-            patch.setenv("DSPARK_CACHE", str(root / "cache"))
-            for name, value in {**draft_spy.environment(root, sparse=sparse), **(environment or {})}.items():
-                patch.setenv(name, value)
-            chosen = ["--speculative-algorithm", ALGORITHM, "--speculative-draft-model-path", str(drafter)]
-            chosen += ["--dspark-recording", str(root / "recordings")]
-            if sparse:  # its policy is in force before the profile, which asks for other ones
-                chosen += ["--dspark-profile-seconds", "0"]
-            server = running.enter_context(serve(target, *OPTIONS, *chosen, log=root / "server.log"))
+    chosen = [*speculation(drafter, "eagle3"), *OPTIONS, "--dspark-recording", str(root / "recordings"), *options]
+    variables = {**draft_spy.environment(root), **(environment or {})}
+    with serve(target, *chosen, log=root / "server.log", environment=variables) as server:
         yield Spied(server, root)
 
 
@@ -113,8 +103,9 @@ def sparse_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def sparse(sparse_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spied]:
     root = tmp_path_factory.mktemp("sparse") / "server"
     # SGLang's own switch: every so many forwards a request loses its place and is prefilled anew.
-    retract = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "15"}
-    with spied_server(sparse_pair.target, sparse_pair.drafter, root, sparse=True, environment=retract) as server:
+    variables = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "15", draft_spy.SPARSE_VARIABLE: "1"}
+    # The sparse policy is in force before the profile, which would ask for other ones.
+    with spied_server(sparse_pair.target, sparse_pair.drafter, root, *NO_PROFILE, environment=variables) as server:
         yield server
 
 
@@ -173,15 +164,13 @@ def test_requests_that_come_go_and_are_retracted_get_their_own_text(sparse: Spie
 
 @pytest.mark.parametrize("policy", ["threshold", "adaptive", "off"])
 def test_truncated_blocks_leave_text_as_it_is(spied: Spied, pair: Pair, policy: str) -> None:
-    url = f"{spied.server.base_url}/dspark/policy"
-    body = {"policy": policy, **({"threshold": 0.02} if policy == "threshold" else {})}
     before = spied.server.report()
-    httpx.post(url, json=body, timeout=60.0, trust_env=False).raise_for_status()
+    spied.server.use(policy, **({"threshold": 0.02} if policy == "threshold" else {}))
     try:
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda prompt: spied.server.generate(prompt, **ANSWER), PROMPTS * 3))
     finally:
-        httpx.post(url, json={"policy": "full"}, timeout=60.0, trust_env=False).raise_for_status()
+        spied.server.use("full")
     assert [answer["output_ids"] for answer in answers] == [decoded.tokens for decoded in pair.expected] * 3
     report = spied.server.report()
     rows, rounds = (report[name] - before[name] for name in ("verified_tokens", "request_rounds"))
@@ -241,7 +230,7 @@ def test_published_drafters_draft_as_defined(name: str, tmp_path: Path) -> None:
     view = view_of(tmp_path / "drafter", target_config, tmp_path)
     target = load(tmp_path / "target")
     drafter = Drafter.read(view, target)
-    with spied_server(tmp_path / "target", view, tmp_path / "server") as spied:
+    with spied_server(tmp_path / "target", view, tmp_path / "server", *NO_PROFILE) as spied:
         for prompt in PROMPTS[:2]:
             expected = speculative_decode(drafter, target, prompt, 12)
             answer, drafts = spied.ask(prompt, max_new_tokens=12, ignore_eos=True)

@@ -11,12 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import numpy as np
 import pytest
 
-from dspark_serving.recording import read_recording, replay
-from dspark_serving.recording.file import Recording
+from dspark_serving.recording import replay
 from dspark_serving.recording.labels import labels_of
 from dspark_serving.recording.rounds import NEVER
 from dspark_serving.scheduler.adaptive import AdaptivePolicy
@@ -29,7 +27,7 @@ from tests.oracle_drafters import (
     make_oracle_target,
 )
 from tests.scheduler_worlds import LinearCosts
-from tests.server import Server, serve
+from tests.server import Server, serve, speculation
 
 pytestmark = pytest.mark.real_server
 
@@ -56,19 +54,12 @@ class Headless(NamedTuple):
     recordings: Path
 
     def answer(self, policy: str, *, concurrency: int = 1) -> Counts:
-        body = {"policy": policy}
-        answer = httpx.post(f"{self.server.base_url}/dspark/policy", json=body, timeout=60.0, trust_env=False)
-        assert answer.status_code == 200
+        self.server.use(policy)
         before = self.server.report()
         texts = generate(self.server, concurrency)
         names = ("request_rounds", "verified_tokens", "output_tokens")
         after = self.server.report()
         return Counts(texts, *(after[name] - before[name] for name in names))
-
-    def newest_recording(self) -> Recording:
-        url = f"{self.server.base_url}/dspark/recording"
-        assert httpx.post(url, timeout=60.0, trust_env=False).status_code == 200
-        return read_recording(max(self.recordings.glob("*.npz"), key=lambda path: path.stat().st_mtime))
 
 
 def generate(server: Server, concurrency: int) -> list[list[int]]:
@@ -97,11 +88,9 @@ def plain_texts(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def headless(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Headless]:
     root = tmp_path_factory.mktemp("server")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSPARK_CACHE", str(root / "cache"))
-        options = ["--dspark-recording", str(root / "recordings")]
-        with serve(models[0], *options, drafter=models[1], log=root / "server.log") as server:
-            yield Headless(server, root / "recordings")
+    options = ["--dspark-recording", str(root / "recordings")]
+    with serve(models[0], *options, drafter=models[1], log=root / "server.log") as server:
+        yield Headless(server, root / "recordings")
 
 
 def test_it_says_that_it_estimates_and_schedules_by_default(headless: Headless) -> None:
@@ -129,14 +118,9 @@ def test_a_threshold_verifies_far_fewer_tokens_at_the_same_accepted_length(headl
 
 @pytest.mark.parametrize("family", ["dflash", "eagle3"])
 def test_the_other_families_do_so_too(
-    models: tuple[Path, Path],
-    plain_texts: list[list[int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
+    models: tuple[Path, Path], plain_texts: list[list[int]], tmp_path: Path, family: str
 ) -> None:
-    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
-    chosen = ("--speculative-algorithm", family, "--speculative-draft-model-path", str(models[0].parent / family))
+    chosen = [*speculation(models[0].parent / family, family), "--dspark-profile-seconds", "0"]
     with serve(models[0], *chosen, log=tmp_path / "server.log") as server:
         headless = Headless(server, tmp_path)
         full, threshold = headless.answer("full"), headless.answer("threshold")
@@ -152,7 +136,9 @@ def test_the_adaptive_policy_does_so_where_tokens_cost(headless: Headless) -> No
     headless.answer("full")
     policy = AdaptivePolicy(GAMMA, 64, LinearCosts(base=0.01, per_token=0.004, draft=0.002))
     verified, accepted, full_verified, full_accepted = 0, 0, 0, 0
-    for outcome in (kept.outcome for kept in headless.newest_recording().rounds if kept.observed != NEVER):
+    for outcome in (
+        kept.outcome for kept in headless.server.record(headless.recordings).rounds if kept.observed != NEVER
+    ):
         if outcome.confidence_RG is None or outcome.plan.reason != "full":
             continue
         plan = policy.plan(outcome.batch)
@@ -168,7 +154,7 @@ def test_the_adaptive_policy_does_so_where_tokens_cost(headless: Headless) -> No
 
 def test_recordings_hold_the_estimates_and_replay_to_the_bit(headless: Headless) -> None:
     headless.answer("threshold")
-    recording = headless.newest_recording()
+    recording = headless.server.record(headless.recordings)
     labels = labels_of([recording])
     assert ((labels.confidence_NG > 0) & (labels.confidence_NG < 1)).all()
     found = replay(recording)
@@ -179,7 +165,7 @@ def test_recordings_hold_the_estimates_and_replay_to_the_bit(headless: Headless)
 def test_calibrating_works_on_them(headless: Headless) -> None:
     headless.answer("full", concurrency=4)
     generate(headless.server, 4)
-    labels = labels_of([headless.newest_recording()])
+    labels = labels_of([headless.server.record(headless.recordings)])
     assert fit_temperatures(labels).gamma == GAMMA
 
 

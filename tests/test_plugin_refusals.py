@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import dspark, run_to_exit
+from tests.server import run_to_exit, speculation
 from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
 pytestmark = pytest.mark.real_server
@@ -33,7 +33,7 @@ def test_a_damaged_drafter(models: tuple[Path, Path]) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     try:
-        found = complaint(*run_to_exit(models[0], *dspark(models[1])))
+        found = complaint(*run_to_exit(models[0], *speculation(models[1])))
     finally:
         file.write_bytes(content)
     assert f"{file} is damaged" in found
@@ -45,11 +45,11 @@ def test_a_port_in_use(models: tuple[Path, Path]) -> None:
         other.listen()
         port = other.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in complaint(
-            *run_to_exit(models[0], *dspark(models[1]), "--port", str(port))
+            *run_to_exit(models[0], *speculation(models[1]), "--port", str(port))
         )
 
 
 def test_a_bad_option(models: tuple[Path, Path]) -> None:
     assert "--dspark-threshold (or DSPARK_THRESHOLD) is '7'" in complaint(
-        *run_to_exit(models[0], *dspark(models[1]), "--dspark-threshold", "7")
+        *run_to_exit(models[0], *speculation(models[1]), "--dspark-threshold", "7")
     )

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from dspark_serving.config import POLICIES
-from dspark_serving.recording import read_recording, replay
+from dspark_serving.recording import replay
 from tests.server import Server, serve
 from tests.tiny_models import make_tiny_drafter, make_tiny_target
 
@@ -28,10 +28,6 @@ PROMPTS = [[5, 6, 7, 8], list(range(40, 110)), [200] * 9, [17, 300, 4, 99, 260, 
 class Speculative(NamedTuple):
     server: Server
     recordings: Path
-
-    def use(self, policy: str, **more: float) -> httpx.Response:
-        body = {"policy": policy, **more}
-        return httpx.post(f"{self.server.base_url}/dspark/policy", json=body, timeout=60.0, trust_env=False)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +57,8 @@ def stock(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 def speculative(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Speculative]:
     root = tmp_path_factory.mktemp("server")
     options = ["--dspark-recording", str(root / "recordings"), "--enable-metrics"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSPARK_CACHE", str(root / "cache"))  # where step times are kept
-        with serve(models[0], *options, drafter=models[1], log=root / "server.log") as server:
-            yield Speculative(server, root / "recordings")
+    with serve(models[0], *options, drafter=models[1], log=root / "server.log") as server:
+        yield Speculative(server, root / "recordings")
 
 
 def test_measures_its_rounds_before_it_serves_and_schedules_by_default(speculative: Speculative) -> None:
@@ -83,7 +77,7 @@ def test_measures_its_rounds_before_it_serves_and_schedules_by_default(speculati
 def test_greedy_text_equals_stock(
     speculative: Speculative, stock: list[list[int]], policy: str, concurrency: int
 ) -> None:
-    assert speculative.use(policy, **({"threshold": 0.2} if policy == "threshold" else {})).status_code == 200
+    speculative.server.use(policy, **({"threshold": 0.2} if policy == "threshold" else {}))
     before = speculative.server.report()
     assert texts(speculative.server, concurrency=concurrency) == stock
     report = speculative.server.report()
@@ -106,7 +100,7 @@ def test_greedy_text_survives_switching_in_the_middle_of_requests(
         for policy in itertools.cycle(POLICIES):
             if done.wait(0.05):
                 return
-            speculative.use(policy)
+            speculative.server.use(policy)
 
     before = speculative.server.report()["plans"]
     switcher = threading.Thread(target=switch)
@@ -130,20 +124,20 @@ def test_an_unknown_policy_is_refused(speculative: Speculative, body: dict[str, 
 
 @pytest.mark.parametrize("policy", ["adaptive", "full", "off"])
 def test_samples_with_temperature(speculative: Speculative, policy: str) -> None:
-    speculative.use(policy)
+    speculative.server.use(policy)
     answer = speculative.server.generate(PROMPTS[1], temperature=1.0, top_p=0.9, top_k=20, max_new_tokens=24)
     assert len(answer["output_ids"]) == 24
 
 
 def test_an_impossible_floor_does_not_stop_the_server(speculative: Speculative, stock: list[list[int]]) -> None:
-    speculative.use("adaptive")
+    speculative.server.use("adaptive")
     wish = {"dspark": {"min_tokens_per_second": 1e9, "weight": 3.0}}
     answer = speculative.server.generate(PROMPTS[1], max_new_tokens=48, custom_params=wish)
     assert answer["output_ids"] == stock[1]
 
 
 def test_metrics_show_plans_and_times(speculative: Speculative) -> None:
-    speculative.use("full")
+    speculative.server.use("full")
     speculative.server.generate(PROMPTS[0])
     shown = httpx.get(f"{speculative.server.base_url}/metrics", timeout=60.0, trust_env=False).text
     counters = ("dspark_rounds_total", "dspark_verified_tokens_total", "dspark_padding_tokens_total")
@@ -152,11 +146,8 @@ def test_metrics_show_plans_and_times(speculative: Speculative) -> None:
 
 
 def test_a_recording_of_the_server_replays_to_the_bit(speculative: Speculative) -> None:
-    speculative.use("adaptive")
+    speculative.server.use("adaptive")
     texts(speculative.server, concurrency=4, copies=3)
-    url = f"{speculative.server.base_url}/dspark/recording"
-    assert httpx.post(url, timeout=60.0, trust_env=False).status_code == 200
-    newest = max(speculative.recordings.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-    found = replay(read_recording(newest))
+    found = replay(speculative.server.record(speculative.recordings))
     assert found.plans > 100
     assert found.difference is None

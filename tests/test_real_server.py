@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,17 +66,12 @@ def prompts(target_path: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def servers(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     logs, spied = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("spied")
-    with ExitStack() as running:
-
-        def start(name: str, *options: str) -> Server:
-            log = logs / f"{name}.log"
-            return running.enter_context(serve(target_path, *OPTIONS, *options, log=log, drafter=shipped_bundle()))
-
-        stock = start("stock", "--dspark-disable")
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in draft_spy.environment(spied).items():
-                patch.setenv(name, value)
-            ours = start("dspark", "--dspark-policy", "full")
+    start = partial(serve, target_path, *OPTIONS, drafter=shipped_bundle())
+    environment = draft_spy.environment(spied)
+    with (
+        start("--dspark-disable", log=logs / "stock.log") as stock,
+        start("--dspark-policy", "full", log=logs / "dspark.log", environment=environment) as ours,
+    ):
         yield Servers(stock, ours, spied)
 
 
@@ -115,7 +110,7 @@ def test_greedy_tokens_equal_stock(
     concurrency: int,
     policy: str,
 ) -> None:
-    httpx.post(f"{servers.dspark.base_url}/dspark/policy", json={"policy": policy}).raise_for_status()
+    servers.dspark.use(policy)
     flush_cache(servers.dspark)
     answers = ask_all(servers.dspark, prompts, concurrency=concurrency)
     assert tokens(answers) == tokens(stock_answers)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from tests import rule_breaker, sampled_distribution
 from tests.eagle3_models import make_bigram_drafter
 from tests.oracle_drafters import known_tokens, make_oracle_dflash, make_oracle_drafter, make_oracle_target
-from tests.server import Server, serve
+from tests.server import Server, serve, speculation
 
 pytestmark = pytest.mark.real_server
 
@@ -133,8 +133,7 @@ class Served(NamedTuple):
     target: Path
 
     def use(self, policy: str) -> None:
-        url = f"{self.server.base_url}/dspark/policy"
-        httpx.post(url, json=POLICIES[policy], timeout=60.0, trust_env=False).raise_for_status()
+        self.server.use(**POLICIES[policy])
 
     def a_round(self, what: str, before: dict[str, Any]) -> float:
         """Tokens of a request in a round since the report `before`; `what` is its name of them."""
@@ -146,13 +145,9 @@ class Served(NamedTuple):
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp(request.param)
-    options = ["--speculative-algorithm", request.param, "--speculative-draft-model-path", str(models / request.param)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DSPARK_CACHE", str(directory / "cache"))
-        for name, value in rule_breaker.environment(directory).items():
-            patch.setenv(name, value)
-        with serve(models / "target", *options, log=directory / "server.log") as server:
-            yield Served(request.param, server, directory, models / "target")
+    options, environment = speculation(models / request.param, request.param), rule_breaker.environment(directory)
+    with serve(models / "target", *options, log=directory / "server.log", environment=environment) as server:
+        yield Served(request.param, server, directory, models / "target")
 
 
 @pytest.mark.parametrize("policy", POLICIES)

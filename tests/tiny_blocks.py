@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from tests.tiny_models import write_drafter
 
 GAMMA = 4
 
@@ -46,18 +44,10 @@ def make_tiny_block(path: Path, target_config: dict[str, Any], *, seed: int = 1,
         "own_embedding": False,
         "dtype": "float32",
     } | fields
-    path.mkdir(parents=True)
     ids = config.pop("draft_token_ids", None)
     if ids is not None:
         config["draft_vocab_size"] = len(ids)
-        (path / "draft_vocab.json").write_text(json.dumps({"token_ids": ids}))
-    (path / "config.json").write_text(json.dumps(config, indent=2))
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in _shapes(config).items():
-        noise = torch.randn(shape, generator=generator)
-        weights[name] = 1.0 + 0.1 * noise if "norm" in name else 0.15 * noise
-    save_file(weights, path / "model.safetensors")
+    write_drafter(path, config, ids, seed=seed, shapes=_shapes(config))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,23 @@ def make_tiny_drafter(
         "confidence_head_with_markov": confidence,
         "dtype": "float32",
     }
+    write_drafter(path, config, draft_vocab, seed=seed)
+    return config
+
+
+def write_drafter(
+    path: Path,
+    config: dict[str, Any],
+    draft_vocab: list[int] | None,
+    *,
+    seed: int,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Write a drafter of random weights and the size of its `draft_vocab` into `config`; returns the weights.
+
+    Args:
+        shapes: of the weights; None for what the format's reader expects.
+    """
     path.mkdir(parents=True, exist_ok=True)
     if draft_vocab is not None:
         config["draft_vocab_size"] = len(draft_vocab)
@@ -140,11 +158,11 @@ def make_tiny_drafter(
     (path / "config.json").write_text(json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in expected_shapes(read_spec(path)).items():
+    for name, shape in (shapes or expected_shapes(read_spec(path))).items():
         noise = torch.randn(shape, generator=generator)
         weights[name] = 1.0 + 0.1 * noise if "norm" in name else 0.15 * noise
     save_file(weights, path / "model.safetensors")
-    return config
+    return weights
 
 
 def write_tokenizer(path: Path) -> None:

@@ -136,11 +136,6 @@ def no_fused_kv_write(self: Any, pool: Any) -> None:
     """Instead of building the fused KV write: SGLang falls back to plain torch."""
 
 
-def build_confidence_head(original: Callable[[Any], Any], config: Any) -> Any:
-    """Around SGLang's builder, which makes a head (and later misses its weights) whatever the drafter's config says."""
-    return original(config) if getattr(config, "enable_confidence_head", True) else None
-
-
 def forget_packed_weight(result: None, self: Any, layer: Any) -> None:
     """After the weights of a linear layer or a head were loaded."""
     from dspark_serving.sglang_adapter.cpu import linear

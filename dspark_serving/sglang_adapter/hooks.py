@@ -86,10 +86,6 @@ HOOKS = (
         "the /dspark routes",
     ),
     Seam(
-        "sglang.srt.models.dspark.build_confidence_head", HookType.AROUND, handlers.build_confidence_head, "config",
-        "drafters without a confidence head have their confidences estimated",
-    ),
-    Seam(
         "sglang.srt.arg_groups.speculative_hook._handle_dspark", HookType.AROUND, handlers.handle_dspark,
         "server_args", "DSPARK is refused on CPU by its device name alone", cpu_only=True,
     ),

@@ -46,7 +46,7 @@ class DsparkServingBlockDrafter(DSparkDraftModel):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config=config, quant_config=quant_config, prefix=prefix)
         if not config.enable_confidence_head:
-            self.confidence_head = None  # SGLang builds one wherever verification is ragged
+            self.confidence_head = None  # SGLang builds one whatever the config says, and would miss its weights
         self.soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._own: list[str] = []
         if getattr(config, "own_embedding", False):
