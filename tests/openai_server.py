@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, asked: dict[str, Any], text: str, fault: Any) -> dict[str, Any]:
         said = fault if isinstance(fault, dict) else {"content": "" if fault == "empty" else f"re: {text}"}
-        choice = {"index": 0, "message": {"role": "assistant"} | said}
+        choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant"} | said}
         choice["finish_reason"] = "length" if fault == "length" else "stop"
         tokens = self.server.count(asked)
         return {

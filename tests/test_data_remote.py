@@ -169,13 +169,14 @@ def test_useless_answers_and_prompts_are_no_silent_empty_store(server: OpenAISer
 def test_several_turns_and_calls_of_tools(tmp_path: Path) -> None:
     chat = template(TOOLS, thinking=False)
     tool = {"type": "function", "function": {"name": "weather"}}
-    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "oslo"}'}}
+    function: dict[str, Any] = {"name": "weather", "arguments": '{"city": "oslo"}'}
+    call = {"id": "1", "type": "function", "function": function}
     two = Prompt("chat", ({"role": "user", "content": "q1"}, {"role": "user", "content": "q2"}))
     calls = Prompt("tools", ({"role": "user", "content": "q3"},), (tool,))
     decoded = {
         "role": "assistant",
         "content": "",
-        "tool_calls": [call | {"function": call["function"] | {"arguments": {"city": "oslo"}}}],
+        "tool_calls": [call | {"function": function | {"arguments": {"city": "oslo"}}}],
     }
     given = Prompt("tools", ({"role": "user", "content": "q4"}, decoded, {"role": "tool", "content": "cold"}), (tool,))
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 from dspark_training.bundle.export import load_bundle
+from dspark_training.models.backbone import BlockDrafter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dspark_serving.assets import ensure_smollm2, shipped_bundle
@@ -176,6 +177,7 @@ def test_openai_client_streams_the_same_text(servers: Servers, stock_answers: li
 def references(target_path: Path, prompts: list[list[int]]) -> list[Reference]:
     """The plain loop over transformers and the plain drafter, without any cache, on two prompts."""
     drafter, spec = load_bundle(shipped_bundle())
+    assert isinstance(drafter, BlockDrafter)
     target = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.float32).eval()
     allowed = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
 

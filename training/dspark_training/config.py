@@ -16,8 +16,11 @@ class _Frozen(BaseModel):
 class DataConfig(_Frozen):
     """Where prompts come from and how the target answers them."""
 
-    prompts: tuple[str, ...] = Field((), description="JSONL files of user messages, relative to the recipe")
-    openings: str | None = Field(None, description="JSON: domain -> first words of messages the target writes itself")
+    samples: str | None = Field(
+        None, description="answered already: a store by `dspark data build` or a JSONL file by `dspark data answers`"
+    )
+    prompts: tuple[str, ...] = Field((), description="JSONL files of prompts, or names of datasets")
+    openings: str | None = Field(None, description="seeds of the messages that the target writes itself")
     written_prompts: dict[str, int] = Field(default_factory=dict, description="domain -> messages the target writes")
     suffix: str = Field("", description="text appended to a share of one domain's prompts")
     suffix_domain: str = "math"

@@ -116,7 +116,7 @@ def complete_from(target: Target, fields: Fields) -> Fields:
     if isinstance(layers, int):
         first = max(0, c.num_hidden_layers - layers)
         drafter.setdefault("init_layers", list(range(first, c.num_hidden_layers)))
-    if not data.get("prompts") and not data.get("written_prompts"):
+    if not any(data.get(source) for source in ("samples", "prompts", "written_prompts")):
         data["written_prompts"] = _WRITTEN_PROMPTS
     if data.get("written_prompts"):
         data.setdefault("openings", str(RECIPES / "seeds.json"))

@@ -21,6 +21,7 @@ from dspark_training.data.conversation import Prompt
 from dspark_training.data.prompts import read_prompts, with_suffix
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import Sample
+from dspark_training.data.tokens import load_samples
 from dspark_training.data.written import read_seeds, write_prompts
 from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
 from dspark_training.processes import launched
@@ -59,11 +60,9 @@ def run_recipe(
     evaluation = {path.stem: read_prompts(path) for path in evaluation_files}
     work.mkdir(parents=True, exist_ok=True)
     with processes.one_after_first():
-        prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
-        samples = collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
+        samples = _samples(config, target, work, on_answers)
     trainer = Trainer(config, target, samples, work, processes)
-    files = [Path(name) for name in config.data.prompts] + [work / "written_prompts.jsonl", work / "samples.jsonl"]
-    origin = provenance(config, files)
+    origin = provenance(config, _data_files(config, work))
     if processes.first:
         (work / "run.json").write_text(json.dumps(origin, indent=1))
     trainer.run(on_step)
@@ -72,6 +71,13 @@ def run_recipe(
     return evaluate_and_bundle(
         trainer, samples, evaluation, origin, bundle, partial(on_answers, "answers for evaluation")
     )
+
+
+def _samples(config: RunConfig, target: Target, work: Path, on_answers: StageProgress) -> list[Sample]:
+    if config.data.samples is not None:
+        return list(load_samples(config.data.samples))
+    prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
+    return collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
 
 
 def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path, progress: Progress) -> list[Prompt]:
@@ -99,6 +105,13 @@ def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path,
         batch_size=data.batch_size,
         progress=progress,
     )
+
+
+def _data_files(config: RunConfig, work: Path) -> list[Path]:
+    if config.data.samples is not None:
+        store = Path(config.data.samples)
+        return sorted(path for path in store.iterdir() if path.is_file()) if store.is_dir() else [store]
+    return [*map(Path, config.data.prompts), work / "written_prompts.jsonl", work / "samples.jsonl"]
 
 
 def _found(root: Path, name: str) -> str:
