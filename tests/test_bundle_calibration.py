@@ -17,6 +17,7 @@ from dspark_training.data.conversation import Prompt
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import OnlineFeatures
+from dspark_training.models.backbone import BlockDrafter
 from typer.testing import CliRunner
 
 from dspark_serving.cli.main import app
@@ -45,6 +46,7 @@ def walked(exported: Exported, samples: list[Sample], seed: int = 0) -> HeldOutR
 def test_greedy_rounds_are_those_of_real_decoding(tmp_path: Path) -> None:
     exported = export_tiny(tmp_path, "dspark")
     drafter, _ = load_bundle(exported.path)
+    assert isinstance(drafter, BlockDrafter)
     decoded = speculative_decode(drafter, exported.target.model, LAYER_IDS, PROMPT, 60)
     sample = Sample("x", "math", 0.0, PROMPT + decoded.tokens, [(len(PROMPT), len(PROMPT) + len(decoded.tokens))])
     rounds = walked(exported, [sample])
@@ -77,6 +79,7 @@ def test_sampled_drafts_are_accepted_as_often_as_the_rejection_rule_does(
     """First drafts: the expected acceptance is sum_x min(p(x), q(x)), computed here from the distributions."""
     exported = export_tiny(tmp_path, "dflash", ids=ids)
     drafter, heat = exported.drafter, 1.3
+    assert isinstance(drafter, BlockDrafter)
     ids_BT = torch.tensor([PROMPT])
     features = exported.target.features(ids_BT, torch.ones_like(ids_BT), LAYER_IDS)
     anchor = torch.tensor([[len(PROMPT) - 1]])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dspark_training.bundle import export, publish
+from dspark_training.bundle import export
 from dspark_training.bundle.amend import amending
 from dspark_training.bundle.export import export_bundle, load_bundle
 from dspark_training.bundle.manifest import check_manifest, manifest_problems
@@ -140,7 +140,7 @@ def test_a_failed_exchange_puts_the_old_bundle_back(bundle: Path, monkeypatch: p
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         rename(source, place)
 
-    monkeypatch.setattr(publish.os, "replace", refuses_the_new_one)
+    monkeypatch.setattr(os, "replace", refuses_the_new_one)
     with pytest.raises(CheckpointError, match="Permission denied"), replacing(bundle) as partial:
         (partial / "config.json").write_text("{}")
     assert contents(bundle) == before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def fit_confidence(rounds: HeldOutRounds) -> Confidence:
             MapLabels(rounds.statistics_NG3, rounds.temperature_N, rounds.verify_lens_N, rounds.accepted_N)
         )
     calibration = fit_temperatures(held_out_labels(rounds, fitted_map))
-    origin = {"source": "held-out answers", "answers": len(np.unique(rounds.sample_N))}
+    origin: dict[str, Any] = {"source": "held-out answers", "answers": len(np.unique(rounds.sample_N))}
     return Confidence(replace(calibration, fitted_on={**calibration.fitted_on, **origin}), fitted_map)
 
 

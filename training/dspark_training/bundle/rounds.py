@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +48,8 @@ class HeldOutRounds(NamedTuple):
 
     def rows(self, chosen_N: np.ndarray) -> HeldOutRounds:
         """Some of the rounds."""
-        return HeldOutRounds(*(None if column is None else column[chosen_N] for column in self))
+        columns: list[Any] = [None if column is None else column[chosen_N] for column in self]
+        return HeldOutRounds(*columns)
 
 
 class _Drafted(NamedTuple):
@@ -72,32 +73,35 @@ def held_out_rounds(
 ) -> HeldOutRounds:
     """Walk the rounds of a drafter over answers of its target, at the temperatures they were drawn at.
 
+    Answers that somebody else gave (no temperature) are left out: how often their tokens are drawn is not known.
+
     Args:
         source: features as the drafter takes them: unscaled for a bundle, scaled for a drafter in training.
         seed: of the coin flips of sampled answers.
     """
     generator = torch.Generator().manual_seed(seed)
-    columns: list[tuple[np.ndarray | None, ...]] = []
-    for first in range(0, len(samples), _GROUP):
-        group = samples[first : first + _GROUP]
+    drawn = [(sample, sample.temperature) for sample in samples if sample.temperature is not None]
+    columns: list[tuple[Any, ...]] = []
+    for first in range(0, len(drawn), _GROUP):
+        group, temperatures = zip(*drawn[first : first + _GROUP], strict=True)
         sequences = pad(group)
         features = source(sequences)
         anchors = [[p for start, end in s.spans for p in range(start, end - 1)] for s in group]
-        temperature_B = torch.tensor([sample.temperature for sample in group])
+        temperature_B = torch.tensor(temperatures)
         chunks = [
             _draft(target, drafter, vocab, sequences, features, chunk_BA, temperature_B, generator)
             for chunk_BA in stack_anchors(anchors).split(_ANCHORS, dim=1)
         ]
-        drafted = _Drafted(*(None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*chunks, strict=True)))
+        joined: list[Any] = [None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*chunks, strict=True)]
+        drafted = _Drafted(*joined)
         for b, sample in enumerate(group):
             visited = _visited(sample, drafted.accepted_BA[b].tolist())
-            columns.append(_row_columns(drafted, b, visited, first + b, sample.temperature))
-    return HeldOutRounds(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*columns, strict=True)))
+            columns.append(_row_columns(drafted, b, visited, first + b, temperatures[b]))
+    whole: list[Any] = [None if parts[0] is None else np.concatenate(parts) for parts in zip(*columns, strict=True)]
+    return HeldOutRounds(*whole)
 
 
-def _row_columns(
-    drafted: _Drafted, b: int, visited: list[int], sample: int, temperature: float
-) -> tuple[np.ndarray | None, ...]:
+def _row_columns(drafted: _Drafted, b: int, visited: list[int], sample: int, temperature: float) -> tuple[Any, ...]:
     confidence = drafted.confidence_BAK
     return (
         np.full(len(visited), sample),
