@@ -46,13 +46,13 @@ def measure(arm: str, rows: int, vocabulary: int) -> Row:
     """One forward and backward in this process, which has to be a new one."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    head_VD, hidden_PE = torch.randn(vocabulary, _HIDDEN) / 8, torch.randn(-(-rows // _BLOCK), _HIDDEN)
+    head_VD, hidden_PE = torch.randn(vocabulary, _HIDDEN).div_(8), torch.randn(-(-rows // _BLOCK), _HIDDEN)
     normaliser_P = torch.cat([(part @ head_VD.T).logsumexp(-1) for part in hidden_PE.split(8)])
-    leaves = [torch.randn(rows, _HIDDEN), torch.randn(rows, _RANK), torch.randn(vocabulary, _RANK) / 8]
+    leaves = [torch.randn(rows, _HIDDEN), torch.randn(rows, _RANK), torch.randn(vocabulary, _RANK).div_(8)]
     hidden_ND, latent_NR, w2_VR = (leaf.requires_grad_() for leaf in leaves)
     target = TargetRows(hidden_PE, head_VD, normaliser_P, torch.arange(rows) // _BLOCK)
     labels_N = torch.randint(0, vocabulary, (rows,))
-    before, start = _peak_bytes(), time.process_time()
+    before, start = _resident_bytes(), time.process_time()
     loss = {"plain": plain, "chunked": chunked}[arm](DraftRows(hidden_ND, head_VD, latent_NR, w2_VR), target, labels_N)
     loss.backward()
     return {
@@ -63,6 +63,10 @@ def measure(arm: str, rows: int, vocabulary: int) -> Row:
         "seconds": round(time.process_time() - start, 3),
         "loss": round(loss.item(), 5),
     }
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _peak_bytes() -> int:
