@@ -46,7 +46,7 @@ def train_demo(
 ) -> None:
     """Train the shipped SmolLM2-135M drafter again (hours on two cores); run it in the repository's root."""
     with one_line_errors():
-        target = ensure_smollm2("fp32", report=report)
+        target = ensure_smollm2("bf16", report=report)
         prompts = [Path("benchmarks/prompts") / f"{name}.jsonl" for name in _DEMO_EVALUATION]
         _train(["smollm2_135m"], "dspark", [], target, bundle, work, prompts)
 

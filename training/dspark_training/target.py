@@ -118,8 +118,8 @@ class Target:
         self.config = model.config.get_text_config()
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Target:
-        """Load a local checkpoint in safetensors format.
+    def load(cls, path: str | Path, dtype: torch.dtype | None = None) -> Target:
+        """Load a local checkpoint in safetensors format; without `dtype`, as it is stored.
 
         Raises:
             CheckpointError: `path` is no checkpoint directory.
@@ -135,7 +135,7 @@ class Target:
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=dtype,
+            dtype=dtype or "auto",
             use_safetensors=True,
             attn_implementation="eager" if capped else _ATTENTION,
         )

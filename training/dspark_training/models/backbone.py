@@ -81,7 +81,7 @@ class BlockDrafter(nn.Module):
 
     def context(self, features_BTM: Tensor, first_B: Tensor) -> list[KeysValues]:
         """What each layer keeps of features, row t of sequence b at position first_B[b] + t."""
-        context_BTD = self.hidden_norm(self.fc(features_BTM))
+        context_BTD = self.hidden_norm(self.fc(features_BTM.to(self.fc.weight.dtype)))
         return [cast(DraftLayer, layer).self_attn.context(context_BTD, first_B) for layer in self.layers]
 
     def hidden_behind(

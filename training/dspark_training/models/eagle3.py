@@ -89,7 +89,9 @@ class Eagle3Drafter(nn.Module):
 
         It depends on its own row only, because there is one layer.
         """
-        hidden_BTD = self.fc(features_BTM).to(self.norm.weight.dtype)  # the residual keeps its precision
+        hidden_BTD = self.fc(features_BTM.to(self.fc.weight.dtype)).to(
+            self.norm.weight.dtype
+        )  # the residual keeps its precision
         wide = self._layer.wide(embed(next_ids_BT).to(hidden_BTD.dtype), hidden_BTD)
         return Context(hidden_BTD, self._layer.self_attn.context(wide, first_B))
 

@@ -39,6 +39,13 @@ class DrafterDims:
 Embed = Callable[[Tensor], Tensor]  # ids [...] -> rows [..., D]
 
 
+class RMSNorm(nn.RMSNorm):
+    """A norm in its weight's precision whatever autocast made of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Rotary:
     """Rotary position embedding, half-split layout (as Llama and Qwen3)."""
 
@@ -75,8 +82,8 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(in_width, kv_width, bias=False)
         self.v_proj = nn.Linear(in_width, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, dims.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
+        self.q_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
+        self.k_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
         self._rotary = Rotary(dims.head_dim, dims.rope_theta)
 
     def context(self, rows_BTD: Tensor, first_B: Tensor) -> KeysValues:
@@ -130,6 +137,6 @@ class GatedMlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rms_norm(dims: DrafterDims) -> nn.RMSNorm:
+def rms_norm(dims: DrafterDims) -> RMSNorm:
     """A norm over the hidden size."""
-    return nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+    return RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
