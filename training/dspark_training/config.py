@@ -111,6 +111,7 @@ class RunConfig(_Frozen):
     optim: OptimConfig = OptimConfig()
     features: FeaturesConfig = FeaturesConfig()
     warm_start: WarmStartConfig | None = None
+    licence: str = Field("other", description="of the finished drafter, named in its card")
     seed: int = 7
     threads: int = Field(0, ge=0, description="CPU threads, 0: as torch chooses")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dspark_serving.drafters import DrafterSpec
@@ -27,7 +28,7 @@ size and SHA-256 of every file (`dspark bundle verify`). Licence: {licence}; the
 - Network: {num_layers} layers on the hidden states of target layers {layers}; {heads}.
 - Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); {greedy:.0%} decoded greedily,
   the rest at temperature {temperature}.
-- Objective: {objective}.
+- Start: {start}. Objective: {objective}.
 - {steps} optimizer steps, {tokens:,} target tokens run, {hours:.2f} hours of training on {machine}.
 
 ## Measured: accepted length, bonus token included, temperature 0
@@ -53,7 +54,7 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
     """Fill the card of a trained drafter.
 
     Args:
-        facts: the figures that the run measured (see run.py); `licence` and `quality` (of `quality_section`) may lack.
+        facts: the figures that the run measured (see run.py); `confidence` (of `quality_section`) may lack.
     """
     rows = ["| prompts | answers | drafter | prompt lookup | acceptance by position, given the one before |"]
     rows += ["|---|---|---|---|---|"]
@@ -64,7 +65,7 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
             f"{row['prompt_lookup']:.2f} | {conditional} |"
         )
     drafter, data = config.drafter, config.data
-    given = {"licence": "other", "confidence": ""} | {k: v for k, v in facts.items() if k != "evaluation"}
+    given = {"confidence": ""} | {k: v for k, v in facts.items() if k != "evaluation"}
     return _CARD.format(
         name=_NAMES[config.algorithm],
         algorithm=config.algorithm,
@@ -73,6 +74,8 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
         layers=list(drafter.target_layer_ids),
         heads=_heads(config),
         objective=_objective(config),
+        start=_start(config),
+        licence=config.licence,
         greedy=data.greedy_share,
         temperature=data.temperature,
         table="\n".join(rows),
@@ -121,6 +124,13 @@ def _heads(config: RunConfig) -> str:
         return "no heads"
     confidence = "confidence head" if drafter.confidence_head else "no confidence head"
     return f"{drafter.markov_head_type} Markov head of rank {drafter.markov_rank}; {confidence}"
+
+
+def _start(config: RunConfig) -> str:
+    if config.warm_start is None:
+        return "new weights"
+    what = {"all": "all weights", "heads": "the heads", "backbone": "the backbone"}[config.warm_start.part]
+    return f"{what} of the drafter `{Path(config.warm_start.path).name}`"
 
 
 def _objective(config: RunConfig) -> str:
