@@ -115,7 +115,7 @@ def test_the_walk_over_greedy_answers_counts_the_same_rounds(world: tuple[Target
     ]
     vocab = DraftVocab(drafter.ids_U.tolist(), VOCAB_SIZE)
     objective = BlockObjective(drafter.model, target, vocab, Weights(0.1, 0.9, 1.0), 4.0)
-    walks = walk_drafter(target, objective, OnlineFeatures(target, drafter.layer_ids), samples)
+    walks = walk_drafter(objective, OnlineFeatures(target, drafter.layer_ids), samples)
     assert [w.accepted for w in walks] == [found[s.key].accepted for s in samples]
 
 

@@ -128,7 +128,7 @@ def test_the_walk_equals_real_speculative_decoding(tiny: Tiny) -> None:
     sample = Sample("x", "math", 0.0, PROMPT + answer, [(len(PROMPT), len(PROMPT) + len(answer))])
     vocab = DraftVocab(range(VOCAB_SIZE), VOCAB_SIZE)
     objective = build_objective("eagle3", drafter, target, vocab, OptimConfig(steps=1))
-    got = walk_drafter(target, objective, OnlineFeatures(target, LAYER_IDS), [sample])[0].accepted
+    got = walk_drafter(objective, OnlineFeatures(target, LAYER_IDS), [sample])[0].accepted
     at, inside = 0, []
     for n in decoded.accepted:
         at += n + 1
@@ -170,7 +170,7 @@ def test_the_loss_curve_equals_training_time_test_written_out(tiny: Tiny, allowe
     theirs = torch.optim.SGD(reference.weights.values(), lr=0.05)
     curves: tuple[list[float], list[float]] = ([], [])
     for sequences, ids, blocks in batches(6):
-        got = objective(supervise(source, target, sequences, objective.vocab), blocks).total
+        got = objective(supervise(source, sequences, objective.vocab), blocks).total
         want = reference.loss(ids, chosen(blocks))
         for optimizer, loss, curve in zip((ours, theirs), (got, want), curves, strict=True):
             optimizer.zero_grad()
@@ -197,7 +197,7 @@ def test_rows_are_judged_one_by_one(tiny: Tiny) -> None:
     objective = build_objective("eagle3", drafter, target, DraftVocab(SOME_IDS, VOCAB_SIZE), OptimConfig(steps=1))
     sequences, ids, blocks = batches(1)[0]
     with torch.no_grad():
-        losses = objective(supervise(OnlineFeatures(target, LAYER_IDS), target, sequences, objective.vocab), blocks)
+        losses = objective(supervise(OnlineFeatures(target, LAYER_IDS), sequences, objective.vocab), blocks)
         reference = Ttt(drafter.state_dict(), target.model, LAYER_IDS, SOME_IDS)
         head = target.lm_head_weight_VD[SOME_IDS]
         rows = iter(zip(losses.agrees_N.tolist(), losses.acceptance_N.tolist(), strict=True))
@@ -221,7 +221,7 @@ def test_an_anchor_without_a_row_before_it_counts_for_nothing(tiny: Tiny) -> Non
     vocab = DraftVocab(range(VOCAB_SIZE), VOCAB_SIZE)
     objective = build_objective("eagle3", drafter, target, vocab, OptimConfig(steps=1))
     sequences = pad([Sample("a", "math", 0.0, PROMPT, [(0, len(PROMPT))])])
-    supervision = supervise(OnlineFeatures(target, LAYER_IDS), target, sequences, vocab)
+    supervision = supervise(OnlineFeatures(target, LAYER_IDS), sequences, vocab)
     alone, both = (
         objective(supervision, cut_blocks(sequences, torch.tensor([anchors]), STEPS)).total.item()
         for anchors in ([3], [0, 3])

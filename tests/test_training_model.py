@@ -97,7 +97,7 @@ def test_the_walk_equals_the_real_loop(tiny: Tiny) -> None:
     decoded = speculative_decode(drafter, target.model, spec.target_layer_ids, PROMPT, 40)
     answer = decoded.tokens
     sample = Sample("x", "math", 0.0, PROMPT + answer, [(len(PROMPT), len(PROMPT) + len(answer))])
-    got = walk_drafter(target, objective, OnlineFeatures(target, spec.target_layer_ids), [sample])[0].accepted
+    got = walk_drafter(objective, OnlineFeatures(target, spec.target_layer_ids), [sample])[0].accepted
     inside = [n for n, end in zip(decoded.accepted, _ends(decoded.accepted), strict=True) if end < len(answer)]
     assert got[: len(inside)] == inside
 

@@ -161,7 +161,7 @@ def test_patience_ends_a_run_with_the_best_weights(target: Target, tmp_path: Pat
     lengths = [row["accepted_length"] for row in trainer.history]
     assert trainer.step < 400
     assert len(lengths) == lengths.index(max(lengths)) + 3
-    measured = Validation(target, trainer.validation_samples, trainer.source, trainer.vocab)
+    measured = Validation(trainer.validation_samples, trainer.source, trainer.vocab)
     best = trainer.history[lengths.index(max(lengths))]
     assert measured.run(trainer.objective, 3)["validation_loss"] == pytest.approx(best["validation_loss"])
     again = Trainer(config(400, 0.3, patience=2), target, samples(), tmp_path)

@@ -187,7 +187,7 @@ def evaluate_drafter(
             progress=progress,
         )
         samples = [s for s in store if s.supervised > 1]
-        walks = walk_drafter(target, trainer.objective, trainer.source, samples)
+        walks = walk_drafter(trainer.objective, trainer.source, samples)
         accepted = [n for w in walks for n in w.accepted]
         looked_up = [n for s in samples for n in walk_prompt_lookup(s, block_size).accepted]
         rows.append(

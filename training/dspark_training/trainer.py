@@ -120,7 +120,7 @@ class Trainer:
         """
         self._resume()
         first = self.processes.first
-        validation = Validation(self.target, self.validation_samples, self.source, self.vocab) if first else None
+        validation = Validation(self.validation_samples, self.source, self.vocab) if first else None
         records = RunLog(self.output, self.config.tensorboard) if first else None
         module = self.processes.wrap(_Step(self.objective))
         started = saved = time.monotonic()
@@ -167,7 +167,7 @@ class Trainer:
         total = torch.zeros(())
         for i, draw in enumerate(draws, start=1):
             if draw.forward not in supervised:
-                supervised[draw.forward] = supervise(self.source, self.target, draw.sequences, self.vocab)
+                supervised[draw.forward] = supervise(self.source, draw.sequences, self.vocab)
             blocks = cut_blocks(draw.sequences, draw.anchors_BA, self.config.drafter.block_size)
             last = i == len(draws)
             with nullcontext() if last else self.processes.without_averaging(module):

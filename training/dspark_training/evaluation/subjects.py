@@ -168,7 +168,7 @@ class WalkSubject:
             walks = (
                 [Walk([])]
                 if record.output_tokens < 2
-                else walk_drafter(self._target, self._objective, self._source, [sample_of(record)])
+                else walk_drafter(self._objective, self._source, [sample_of(record)])
             )
             yield [walked(record, walks[0])]
 

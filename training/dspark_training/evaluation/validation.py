@@ -13,7 +13,6 @@ from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import FeatureSource
 from dspark_training.objectives.build import Objective
 from dspark_training.objectives.supervision import supervise
-from dspark_training.target import Target
 
 _MAX_SAMPLES = 32
 _GROUP = 4
@@ -27,14 +26,14 @@ class Validation:
     speculative decoder would see at those anchors (it visits fewer of them, so its mean differs a little).
     """
 
-    def __init__(self, target: Target, samples: Sequence[Sample], source: FeatureSource, vocab: DraftVocab) -> None:
+    def __init__(self, samples: Sequence[Sample], source: FeatureSource, vocab: DraftVocab) -> None:
         self._items = []
         chosen = [s for s in samples if s.supervised > 2][:_MAX_SAMPLES]
         for domain in sorted({s.domain for s in chosen}):
             part = [s for s in chosen if s.domain == domain]
             for start in range(0, len(part), _GROUP):
                 sequences = pad(part[start : start + _GROUP])
-                supervision = supervise(source, target, sequences, vocab)
+                supervision = supervise(source, sequences, vocab)
                 self._items.append((domain, sequences, supervision))
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ from dspark_training.data.store import Sample
 from dspark_training.features.source import FeatureSource
 from dspark_training.objectives.build import Objective
 from dspark_training.objectives.supervision import supervise
-from dspark_training.target import Target
 
 _GROUP = 4
 
@@ -33,7 +32,7 @@ class Walk(NamedTuple):
 
 
 @torch.no_grad()
-def walk_drafter(target: Target, objective: Objective, source: FeatureSource, samples: Sequence[Sample]) -> list[Walk]:
+def walk_drafter(objective: Objective, source: FeatureSource, samples: Sequence[Sample]) -> list[Walk]:
     """Walk every greedy answer with the drafter, in the order of `samples` and their spans."""
     block_size = objective.drafter.dims.block_size
     walks = []
@@ -42,7 +41,7 @@ def walk_drafter(target: Target, objective: Objective, source: FeatureSource, sa
         sequences = pad(group)
         anchors = [[p for start, end in s.spans for p in range(start, end - 1)] for s in group]
         blocks = cut_blocks(sequences, stack_anchors(anchors), block_size)
-        supervision = supervise(source, target, sequences, objective.vocab)
+        supervision = supervise(source, sequences, objective.vocab)
         agrees = objective(supervision, blocks).agrees_N.view_as(blocks.valid_BAK) & blocks.valid_BAK
         matched_BA = agrees.long().cumprod(-1).sum(-1)
         for sample, matched in zip(group, matched_BA.tolist(), strict=True):

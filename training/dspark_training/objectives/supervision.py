@@ -11,7 +11,6 @@ from torch import Tensor
 from dspark_training.data.blocks import Blocks, Sequences
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.features.source import FeatureSource
-from dspark_training.target import Target
 
 
 class Supervision(NamedTuple):
@@ -37,7 +36,7 @@ class Supervision(NamedTuple):
 
 
 @torch.no_grad()
-def supervise(source: FeatureSource, target: Target, sequences: Sequences, vocab: DraftVocab) -> Supervision:
+def supervise(source: FeatureSource, sequences: Sequences, vocab: DraftVocab) -> Supervision:
     """Get what the target says about the sequences."""
     features = source(sequences)
     normaliser_BT = features.normaliser_BT.masked_fill(~sequences.predicting_BT, torch.inf)
