@@ -1,6 +1,6 @@
-"""Figures of a training run as a result file: `python -m benchmarks.training [--bundle DIRECTORY]`.
+"""Figures of a training run as a result file: `python -m benchmarks.training [--bundles DIRECTORY]`.
 
-The run itself measured them (`dspark train` leaves them in the bundle's training.json); here they get the common form.
+The runs themselves measured them (`dspark train` leaves them in a bundle's training.json); this is the common form.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
-from dspark_serving.assets import shipped_bundle
 from dspark_serving.bench.results import ResultFile, Row
 from dspark_serving.cli.console import one_line_errors, report
 
+_BUNDLES = Path(__file__).resolve().parents[1] / "examples" / "bundles"
 _RESULT = Path(__file__).parent / "results" / "training.json"
-_FAMILY = "dspark"
 
 
 def rows_of(provenance: dict[str, Any]) -> list[Row]:
     """The finished drafter on every evaluation set, then the held-out accepted length along the run."""
     facts = provenance["facts"]
-    spent = {"family": _FAMILY, "tokens": facts["tokens"], "hours": facts["hours"]}
+    family = provenance["recipe"]["algorithm"]
+    spent = {"family": family, "tokens": facts["tokens"], "hours": facts["hours"]}
     finished = [{**spent, **row} for row in facts["evaluation"]]
     curve = [
         {
-            "family": _FAMILY,
+            "family": family,
             "tokens": point["tokens"],
             "hours": point["seconds"] / 3600,
             "dataset": "held-out training prompts",
@@ -41,25 +41,33 @@ def rows_of(provenance: dict[str, Any]) -> list[Row]:
 
 def markdown(rows: list[Row], notes: str) -> str:
     """One line a row."""
-    lines = ["| dataset | target tokens run | hours | accepted length | prompt lookup |", "|---|---|---|---|---|"]
+    lines = [
+        "| family | dataset | target tokens run | hours | accepted length | prompt lookup |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         lookup = f"{row['prompt_lookup']:.2f}" if "prompt_lookup" in row else "-"
         lines.append(
-            f"| {row['dataset']} | {row['tokens']:,} | {row['hours']:.2f} | {row['accepted_length']:.2f} | {lookup} |"
+            f"| {row['family']} | {row['dataset']} | {row['tokens']:,} | {row['hours']:.2f} | "
+            f"{row['accepted_length']:.2f} | {lookup} |"
         )
     return f"# Training\n\n{notes}\n\n" + "\n".join(lines) + "\n"
 
 
 def main(
-    bundle: Annotated[Path | None, typer.Option(help="A trained drafter; by default the shipped one.")] = None,
+    bundles: Annotated[Path, typer.Option(help="Directory of trained drafters.")] = _BUNDLES,
     output: Annotated[Path, typer.Option(help="JSON file; a table is written beside it.")] = _RESULT,
 ) -> None:
     """Write what a training run measured in the form of the other results."""
     with one_line_errors():
-        source = (bundle or shipped_bundle()) / "training.json"
-        provenance = json.loads(source.read_text())
-        rows = rows_of(provenance)
-        notes = f"Accepted length includes the bonus token; temperature 0. {provenance.get('notes', '')}".strip()
+        rows: list[Row] = []
+        starts = []
+        for source in sorted(bundles.glob("*/training.json")):
+            provenance = json.loads(source.read_text())
+            rows += rows_of(provenance)
+            start = provenance["recipe"].get("warm_start")
+            starts.append(f"{source.parent.name} started from {start['path'] if start else 'new weights'}.")
+        notes = " ".join(["Accepted length includes the bonus token; temperature 0.", *starts])
         ResultFile("training", output).write(rows, notes)
         output.with_suffix(".md").write_text(markdown(rows, notes))
         report(f"wrote {output}")
