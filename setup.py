@@ -40,8 +40,12 @@ setup(
     package_data={"dspark_training": ["recipes/*.json", "recipes/*/*.json"]},
     # The shipped drafters: an installation without the repository finds them under sys.prefix.
     data_files=[
-        (f"share/dspark-serving/bundles/{bundle.name}", sorted(str(f.relative_to(ROOT)) for f in bundle.iterdir()))
-        for bundle in sorted((ROOT / "examples" / "bundles").glob("*-dspark"))
+        (
+            f"share/dspark-serving/bundles/{folder.relative_to(ROOT / 'examples' / 'bundles')}",
+            sorted(str(file.relative_to(ROOT)) for file in folder.iterdir() if file.is_file()),
+        )
+        for folder in sorted((ROOT / "examples" / "bundles").rglob("*"))
+        if folder.is_dir()
     ],
     install_requires=[
         "filelock",
