@@ -1,4 +1,4 @@
-"""What training costs beside a plain reference trainer: `python -m benchmarks.training_cost --samples STORE`.
+"""What training costs beside a plain reference trainer: `python -m benchmarks.training_cost`.
 
 Each trainer runs alone in a child process on the same samples, groups and anchors, so that its peak memory is its own.
 """
@@ -21,12 +21,13 @@ from dspark_serving.bench.results import ResultFile
 from dspark_serving.cli.console import one_line_errors, report
 
 _RESULT = Path(__file__).parent / "results" / "training_cost.json"
+_SAMPLES = Path(__file__).resolve().parents[1] / "examples" / "data" / "smollm2-135m-answers"
 ARMS = ("online", "cached int8", "cached int4", "cached int3", "reference")
 
 
 def run_arm(arm: str, target: Path, store: Path, count: int, overrides: list[str]) -> dict[str, Any]:
     """One trainer over the first `count` samples, in this process."""
-    from dspark_training.data.store import SampleStore
+    from dspark_training.data.tokens import load_samples
     from dspark_training.features.cache import CachedFeatures
     from dspark_training.recipe import load_recipe
     from dspark_training.target import Target
@@ -35,7 +36,7 @@ def run_arm(arm: str, target: Path, store: Path, count: int, overrides: list[str
     from benchmarks import reference_trainer
 
     loaded = Target.load(target)
-    samples = list(SampleStore(store))[:count]
+    samples = list(load_samples(store))[:count]
     kind, _, codec = arm.partition(" ")
     features = [f"features.source={kind}", f"features.codec={codec}"] if kind == "cached" else []
     config = load_recipe(loaded, [], "dspark", [*features, "validate_every_steps=1000000", *overrides])
@@ -68,7 +69,7 @@ def markdown(rows: list[dict[str, Any]], notes: str) -> str:
 
 
 def main(
-    samples: Annotated[Path, typer.Option(help="samples.jsonl of a run's work directory.")],
+    samples: Annotated[Path, typer.Option(help="A token store or a samples.jsonl.")] = _SAMPLES,
     target: Annotated[Path | None, typer.Option(help="Target; by default SmolLM2 in fp32.")] = None,
     count: Annotated[int, typer.Option(help="Samples to train on.")] = 64,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A recipe field, for every trainer.")] = None,

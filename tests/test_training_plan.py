@@ -28,10 +28,14 @@ def with_cache(told: RunConfig) -> RunConfig:
     return told.model_copy(update={"features": FeaturesConfig(source="cached", codec="int4", cap_gb=0.01)})
 
 
-def test_a_plan_of_existing_samples_agrees_with_the_run(target: Target, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_a_plan_of_existing_samples_agrees_with_the_run(target: Target, tmp_path: Path, named: bool) -> None:
     rows = samples()
-    SampleStore(tmp_path / "samples.jsonl").append(rows)
+    store = tmp_path / ("answers.jsonl" if named else "samples.jsonl")
+    SampleStore(store).append(rows)
     told = with_cache(config(40))
+    if named:
+        told = told.model_copy(update={"data": told.data.model_copy(update={"samples": str(store)})})
     before = sorted(p.name for p in tmp_path.iterdir())
     plan = make_plan(told, target, tmp_path, seconds=0.5)
     assert sorted(p.name for p in tmp_path.iterdir()) == before, "a plan writes nothing"

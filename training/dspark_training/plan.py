@@ -18,7 +18,8 @@ from dspark_training.config import RunConfig
 from dspark_training.data.generate import Request, complete
 from dspark_training.data.prompts import read_prompts
 from dspark_training.data.skipped import Skipped
-from dspark_training.data.store import Sample, SampleStore
+from dspark_training.data.store import Sample
+from dspark_training.data.tokens import load_samples
 from dspark_training.features.compress import CODECS, deepspec_bytes_per_token
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
@@ -97,12 +98,14 @@ def make_plan(config: RunConfig, target: Target, work: Path, seconds: float) -> 
 def _data(config: RunConfig, target: Target, work: Path) -> tuple[int, float, float, int]:
     """Samples, mean tokens of a sample and of its prompt, and answers still to be generated."""
     data = config.data
-    done = list(SampleStore(work / "samples.jsonl")) if (work / "samples.jsonl").exists() else []
-    prompts = [p for name in data.prompts for p in read_prompts(name, Skipped(None))]
-    count = len(prompts) + sum(data.written_prompts.values())
+    given = data.samples is not None
+    kept = Path(data.samples) if data.samples is not None else work / "samples.jsonl"
+    done = load_samples(kept) if given or kept.exists() else []
+    prompts = [] if given else [p for name in data.prompts for p in read_prompts(name, Skipped(None))]
+    count = len(prompts) + (0 if given else sum(data.written_prompts.values()))
     count = min(count, data.max_samples or count)
     if not count and not done:
-        raise DataError("no prompts", expected="data.prompts or data.written_prompts", fix="Name some.")
+        raise DataError("no prompts", expected="data.samples, data.prompts or data.written_prompts", fix="Name some.")
     left = max(0, count - len(done))
     if done:
         total = sum(len(s.ids) for s in done) / len(done)
