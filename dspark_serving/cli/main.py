@@ -27,3 +27,6 @@ app.command()(inspect)
 app.command()(replay)
 app.command()(train)
 app.command()(train_demo)
+
+if __name__ == "__main__":  # torchrun -m dspark_serving.cli.main
+    app()

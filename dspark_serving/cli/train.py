@@ -44,7 +44,7 @@ def train_demo(
     ),
     work: Annotated[Path, typer.Option(help="Answers, checkpoints and logs.")] = Path("runs/train-demo"),
 ) -> None:
-    """Train the shipped SmolLM2-135M drafter again (hours on two cores); run it in the repository's root."""
+    """Train a DSpark drafter for SmolLM2-135M on the shipped answers (hours on two cores), in the repository's root."""
     with one_line_errors():
         target = ensure_smollm2("bf16", report=report)
         prompts = [Path("benchmarks/prompts") / f"{name}.jsonl" for name in _DEMO_EVALUATION]
