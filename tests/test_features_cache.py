@@ -214,6 +214,26 @@ def test_a_foreign_cache_is_refused(target: Target, scale_M: torch.Tensor, tmp_p
             CachedFeatures(Counting(target, scale_M), tmp_path, CAP, codec, other)
 
 
+def test_drafters_of_different_layers_share_a_cache_that_holds_them_all(
+    target: Target, scale_M: torch.Tensor, tmp_path: Path
+) -> None:
+    sequences, width = pad(samples(4)), target.config.hidden_size
+    source, _ = cached(target, scale_M, tmp_path)
+    both = source(sequences)
+    identity = CacheIdentity.of(target, LAYERS, scale_M)
+    for layer_ids, expected in {
+        (2,): both.context_BTM[..., width:],
+        (2, 0): torch.cat([both.context_BTM[..., width:], both.context_BTM[..., :width]], -1),
+    }.items():
+        inner = Counting(target, scale_M)
+        some = CachedFeatures(inner, tmp_path, CAP, "int8", identity, layer_ids)(sequences)
+        assert inner.asked == []
+        assert torch.equal(some.context_BTM, expected)
+        assert torch.equal(some.last_BTD, both.last_BTD)
+    with pytest.raises(OptionError, match=r"lack \[1\]"):
+        CachedFeatures(Counting(target, scale_M), tmp_path, CAP, "int8", identity, (0, 1))
+
+
 def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
     make_tiny_target(tmp_path / "a", "llama")
     shutil.copytree(tmp_path / "a", tmp_path / "b")

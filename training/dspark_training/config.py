@@ -93,6 +93,11 @@ class FeaturesConfig(_Frozen):
     codec: CodecName = Field("int8", description="of cached features; int3 takes under 1/4 of bf16's bytes")
     cap_gb: float = Field(8.0, gt=0, description="limit on disk in 10^9 bytes; the oldest features make room")
     directory: str | None = Field(None, description="of the cache; default: features/ under the work directory")
+    layer_ids: tuple[int, ...] | None = Field(
+        None,
+        description="layers that the cache holds; default: those that the drafter reads. Drafters that read different "
+        "layers can share a directory that holds all of them",
+    )
 
 
 class WarmStartConfig(_Frozen):

@@ -21,7 +21,7 @@ from dspark_training.data.blocks import Blocks, cut_blocks
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
-from dspark_training.features.cache import CachedFeatures, CacheIdentity
+from dspark_training.features.cache import CachedFeatures, CacheIdentity, layer_columns
 from dspark_training.features.source import FeatureSource, OnlineFeatures
 from dspark_training.models.setup import Drafter, feature_scale, new_drafter
 from dspark_training.models.warm_start import warm_start
@@ -96,11 +96,14 @@ class Trainer:
         )
         self.drafter: Drafter = new_drafter(target, config.drafter, config.algorithm, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
-        self.scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], self.layer_ids)
+        held = config.features.layer_ids or self.layer_ids
+        columns = layer_columns(held, self.layer_ids, target.config.hidden_size)
+        held_scale_M = feature_scale(target, self.train_samples[:_SCALE_SAMPLES], held)
+        self.scale_M = held_scale_M[columns]
         if config.warm_start is not None:
             start = config.warm_start
             warm_start(self.drafter, target, self.layer_ids, self.scale_M, Path(start.path), start.part)
-        self.source = self._feature_source()
+        self.source = self._feature_source(held, held_scale_M)
         self.optimizers = build_optimizers(self.drafter, config.optim)
         ema = config.optim.ema_decay
         self.averaged = AveragedWeights(self.drafter, ema) if ema else None
@@ -190,13 +193,13 @@ class Trainer:
             self.averaged.update(self.step + 1)
         return self.processes.mean(total)
 
-    def _feature_source(self) -> FeatureSource:
+    def _feature_source(self, held: tuple[int, ...], held_scale_M: Tensor) -> FeatureSource:
         features = self.config.features
-        online = OnlineFeatures(self.target, self.layer_ids, self.scale_M)
         if features.source == "online":
-            return online
+            return OnlineFeatures(self.target, self.layer_ids, self.scale_M)
+        online = OnlineFeatures(self.target, held, held_scale_M)
         directory = Path(features.directory) if features.directory else self.output / "features"
-        identity = CacheIdentity.of(self.target, self.layer_ids, self.scale_M)
+        identity = CacheIdentity.of(self.target, held, held_scale_M)
         writer = (self.processes.rank, self.processes.world)
         return CachedFeatures(
             online,
@@ -204,6 +207,7 @@ class Trainer:
             int(features.cap_gb * 1e9),
             features.codec,
             identity,
+            self.layer_ids,
             self.target.model.dtype,
             writer,
         )

@@ -65,7 +65,8 @@ class CachedFeatures:
         directory: holds the cache; created if absent.
         cap_bytes: limit on disk; the oldest shard of records makes room.
         codec: a key of CODECS.
-        identity: what `inner` depends on.
+        identity: what `inner` depends on; its layers are held.
+        layer_ids: layers to return, if not all that are held.
         dtype: of the returned features.
         writer: this process and how many share the directory (rank, world size).
 
@@ -80,12 +81,16 @@ class CachedFeatures:
         cap_bytes: int,
         codec: CodecName,
         identity: CacheIdentity,
+        layer_ids: tuple[int, ...] | None = None,
         dtype: torch.dtype = torch.float32,
         writer: tuple[int, int] = (0, 1),
     ) -> None:
         self._inner, self._dtype = inner, dtype
         self._codec = CODECS[codec]
         self._hidden, self._width = identity.hidden_size, identity.hidden_size * len(identity.layer_ids)
+        self._columns: Tensor | None = None
+        if layer_ids is not None and layer_ids != identity.layer_ids:
+            self._columns = layer_columns(identity.layer_ids, layer_ids, self._hidden)
         seed = _claim(directory, codec, identity)
         self._ring = RecordRing(directory, cap_bytes, seed, writer)
         self._writing = True
@@ -103,7 +108,8 @@ class CachedFeatures:
             for b, payload in zip(missing, self._encode(self._inner(rows), rows), strict=True):
                 self._keep(digests[b], payload, int(sequences.mask_BT[b].sum()))
                 payloads[b] = np.frombuffer(bytearray(payload), dtype=np.uint8)
-        return self._decode([payload for payload in payloads if payload is not None], sequences)
+        held = self._decode([payload for payload in payloads if payload is not None], sequences)
+        return held if self._columns is None else held._replace(context_BTM=held.context_BTM[..., self._columns])
 
     @property
     def counts(self) -> CacheCounts:
@@ -188,6 +194,23 @@ class _Reader:
         part = self._payload[self._at : self._at + size].view(dtype).reshape(shape)
         self._at += size
         return torch.from_numpy(part)
+
+
+def layer_columns(held: tuple[int, ...], wanted: tuple[int, ...], hidden_size: int) -> Tensor:
+    """Where the dimensions of some captured layers lie among those of all held ones.
+
+    Raises:
+        OptionError: a layer that is not held.
+    """
+    missing = [layer for layer in wanted if layer not in held]
+    if missing:
+        raise OptionError(
+            f"features.layer_ids {list(held)} lack {missing}",
+            expected="all of drafter.target_layer_ids",
+            fix="Add them, or leave features.layer_ids out.",
+        )
+    starts = torch.tensor([held.index(layer) * hidden_size for layer in wanted])
+    return (starts[:, None] + torch.arange(hidden_size)).flatten()
 
 
 def target_fingerprint(target: Target) -> str:
