@@ -79,18 +79,19 @@ def test_no_request() -> None:
 def test_gain_curve_sums_the_largest(value: np.ndarray, data: st.DataObject) -> None:
     take = data.draw(st.lists(st.integers(0, value.size), min_size=1, max_size=6, unique=True).map(sorted))
     expected = [np.sort(value)[::-1][:n].sum(dtype=np.float64) for n in take]
-    assert gain_curve(np.sort(value), np.array(take)) == pytest.approx(expected)
+    assert gain_curve(np.sort(value))[np.array(take)] == pytest.approx(expected)
 
 
 def test_totals_are_the_ends_of_tiers_that_hold_every_anchor() -> None:
-    total_N, drafts_N = candidate_totals(3, 7, (1, 2, 4, 8, 16, 32, 64))
+    total_N, drafts_N, step_M = candidate_totals(3, 7, (1, 2, 4, 8, 16, 32, 64))
     assert total_N.tolist() == [4, 8, 16, 24]  # 3 * 8 = 24 tokens fill no more of the tier of 32
     assert drafts_N.tolist() == [1, 5, 13, 21]
+    assert step_M.tolist() == [4, 8, 8]
     assert candidate_totals(100, 7, (64,)).total_N.tolist() == [800]  # beyond every tier: no choice
 
 
 def test_totals_without_tiers_span_nothing_to_everything() -> None:
     assert candidate_totals(1, 7, None).total_N.tolist() == list(range(1, 9))
-    total_N, drafts_N = candidate_totals(256, 7, None)
+    total_N, drafts_N, _ = candidate_totals(256, 7, None)
     assert (total_N[0], total_N[-1], len(total_N)) == (256, 2048, 24)
     assert (np.diff(drafts_N) > 0).all()

@@ -17,14 +17,12 @@ _EAGER_TOTALS = 24
 
 def values(confidence_RG: np.ndarray, weight_R: np.ndarray | None = None) -> np.ndarray:
     """weight * survival, [G, R] float32, of confidences in [0, 1]; weights of 1 may be left out."""
-    requests, gamma = confidence_RG.shape
-    value_GR = np.empty((gamma, requests), dtype=np.float32)
-    if weight_R is None:
-        value_GR[0] = confidence_RG[:, 0]
-    else:
-        np.multiply(confidence_RG[:, 0], weight_R, out=value_GR[0])
-    for k in range(1, gamma):
-        np.multiply(value_GR[k - 1], confidence_RG[:, k], out=value_GR[k])
+    value_GR = np.array(confidence_RG.T, dtype=np.float32, order="C")
+    before_R, *later = value_GR
+    if weight_R is not None:
+        np.multiply(before_R, weight_R, out=before_R)
+    for this_R in later:  # row by row: several times as fast as accumulating along the block
+        before_R = np.multiply(before_R, this_R, out=this_R)
     return value_GR
 
 
@@ -38,7 +36,7 @@ def admit(value_GR: np.ndarray, price: float, capacity: int) -> np.ndarray:
     if price <= 0.0 and capacity >= gamma * requests:
         return np.full(requests, gamma + 1, dtype=np.int32)
     admitted_GR = value_GR >= np.float32(price)
-    if np.count_nonzero(admitted_GR) > capacity:
+    if capacity < value_GR.size and np.count_nonzero(admitted_GR) > capacity:
         admitted_GR = _best(value_GR, max(capacity, 0))
     lens_R: np.ndarray = np.add.reduce(admitted_GR, axis=0, dtype=np.int32)
     lens_R += 1
@@ -62,6 +60,7 @@ class Totals(NamedTuple):
 
     total_N: np.ndarray  # int64, ascending, the smallest >= R and the largest <= R * (G + 1)
     drafts_N: np.ndarray  # total_N - R
+    step_M: np.ndarray  # from each total to the next, M = N - 1
 
 
 def candidate_totals(requests: int, gamma: int, tiers: tuple[int, ...] | None) -> Totals:
@@ -78,16 +77,15 @@ def candidate_totals(requests: int, gamma: int, tiers: tuple[int, ...] | None) -
         total_N = np.unique(np.minimum(ends[ends >= requests], most))
         if total_N.size == 0:
             total_N = np.array([most], dtype=np.int64)
-    return Totals(total_N, total_N - requests)
+    return Totals(total_N, total_N - requests, total_N[1:] - total_N[:-1])
 
 
-def gain_curve(value: np.ndarray, take_N: np.ndarray) -> np.ndarray:
-    """Sums of the take_N[i] largest of the values, [N] float64.
+def gain_curve(sorted_value: np.ndarray) -> np.ndarray:
+    """Sums of the n largest of the values, n = 0..size, [size + 1] float64.
 
     Args:
-        value: any shape, sorted ascending along its flat order.
-        take_N: integers, 0 <= take <= value.size.
+        sorted_value: ascending, one-dimensional.
     """
-    sums = np.zeros(value.size + 1)
-    np.add.accumulate(value.ravel()[::-1], dtype=np.float64, out=sums[1:])
-    return sums.take(take_N)
+    sums = np.zeros(sorted_value.size + 1)
+    np.add.accumulate(sorted_value[::-1], dtype=np.float64, out=sums[1:])
+    return sums

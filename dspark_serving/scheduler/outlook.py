@@ -52,16 +52,20 @@ def weigh(prospect: Prospect) -> Outlook:
 
 def _everything(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Outlook | None:
     """The whole window, where even the least of it pays; without sorting anything."""
-    total_N, drafts_N = prospect.totals
+    total_N, drafts_N, step_M = prospect.totals
     whole = prospect.requests * value_SHG.shape[-1]
     if prospect.floor_R is not None or drafts_N[-1] < whole:
         return None
     smallest = prospect.realism * float(np.minimum.reduce(value_SHG[..., -1], axis=None))
+    seconds = float(prospect.seconds_N[-1])
     steepest = 0.0
     if len(total_N) > 1:
-        slope_M = (prospect.seconds_N[1:] - prospect.seconds_N[:-1]) / (drafts_N[1:] - drafts_N[:-1])
+        mean_slope = (seconds - float(prospect.seconds_N[0])) / int(drafts_N[-1] - drafts_N[0])
+        if anchors / seconds * mean_slope > smallest:  # no more than the steepest one; most rounds under load end here
+            return None
+        slope_M = prospect.seconds_N[1:] - prospect.seconds_N[:-1]
+        slope_M /= step_M
         steepest = float(np.maximum.reduce(slope_M))
-    seconds = float(prospect.seconds_N[-1])
     if anchors / seconds * steepest > smallest:
         return None
     tokens = anchors + prospect.realism * whole / value_SHG.size * float(np.add.reduce(value_SHG, axis=None))
@@ -75,14 +79,16 @@ def _everything(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Ou
 
 def _best_total(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Outlook:
     """The total with the best rate, and the price of a token around it."""
-    total_N, drafts_N = prospect.totals
+    total_N, drafts_N, _ = prospect.totals
     seconds_N = prospect.seconds_N
     whole = prospect.requests * value_SHG.shape[-1]
     times = value_SHG.size / whole  # values a drafted token of the batch
     scale = prospect.realism / times
-    sorted_value = np.sort(value_SHG, axis=None)
+    sorted_value = value_SHG.flatten()
+    sorted_value.sort()
     take_N = (drafts_N * times).astype(np.int64)
-    tokens_N = anchors + scale * gain_curve(sorted_value, take_N)
+    gain = gain_curve(sorted_value)
+    tokens_N = anchors + scale * gain.take(take_N)
     rate_N = tokens_N / seconds_N
     plain_rate = anchors / prospect.plain_seconds
     if prospect.floor_R is None:
@@ -96,9 +102,9 @@ def _best_total(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Ou
         low, high = max(best - 1, 0), min(best + 1, len(total_N) - 1)
         slope = max(float((seconds_N[high] - seconds_N[low]) / (total_N[high] - total_N[low])), 0.0)
         price = max(float(rate_N[best]), plain_rate) * slope / prospect.realism
-        first = int(sorted_value.searchsorted(np.float32(price)))
-        tokens = anchors + scale * float(np.add.reduce(sorted_value[first:]))
-        seconds = float(seconds_N[best]) + slope * ((sorted_value.size - first) / times - capacity)
+        worth = sorted_value.size - int(sorted_value.searchsorted(np.float32(price)))
+        tokens = anchors + scale * float(gain[worth])
+        seconds = float(seconds_N[best]) + slope * (worth / times - capacity)
         if prospect.floor_R is None:
             capacity = whole
     reason = "floor-unmet" if share < 1.0 else "tier" if prospect.tiered else "price"

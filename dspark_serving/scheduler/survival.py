@@ -12,6 +12,8 @@ from dspark_serving.scheduler.round import Batch
 Calibrate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(confidence_RG, temperature_R) -> calibrated confidence_RG."""
 
+_ONE = np.float32(1.0).view(np.uint32)
+
 
 class Recalibration(Protocol):
     """A calibration that learns from what became of the drafts."""
@@ -36,9 +38,8 @@ def sanitise(confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
     confidence_RG = np.asarray(confidence_RG, dtype=np.float32)
     if confidence_RG.size == 0:
         return confidence_RG, 0
-    # NaN passes through min and max and fails both comparisons.
-    low, high = np.minimum.reduce(confidence_RG, axis=None), np.maximum.reduce(confidence_RG, axis=None)
-    if low >= 0.0 and high <= 1.0:
+    # As integers the floats from 0 to 1 are in order, and those that are negative, larger or NaN lie above.
+    if np.maximum.reduce(confidence_RG.view(np.uint32), axis=None) <= _ONE:
         return confidence_RG, 0
     good_RG = (confidence_RG >= 0.0) & (confidence_RG <= 1.0)
     return np.where(good_RG, confidence_RG, np.float32(1.0)), int(good_RG.size - np.count_nonzero(good_RG))
