@@ -112,7 +112,7 @@ def _ends(accepted: list[int]) -> list[int]:
 
 
 def test_walk_counts_rounds() -> None:
-    assert walk([2, 0, 1, 0, 0]).accepted == [2, 0, 0]
+    assert walk([2, 0, 1, 0, 0]) == ([2, 0, 0], [5, 2, 1])
     assert walk([2, 0, 1, 0]).accepted_length == pytest.approx(1 + 2 / 2)
 
 

@@ -23,6 +23,7 @@ from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import Sample
 from dspark_training.data.tokens import load_samples
 from dspark_training.data.written import read_seeds, write_prompts
+from dspark_training.evaluation.figures import conditional_acceptance
 from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
 from dspark_training.processes import launched
 from dspark_training.recipe import provenance
@@ -197,17 +198,11 @@ def evaluate_drafter(
                 "requests": len(samples),
                 "accepted_length": 1 + sum(accepted) / len(accepted),
                 "prompt_lookup": 1 + sum(looked_up) / len(looked_up),
-                "conditional_acceptance": _conditional(accepted, block_size),
+                "conditional_acceptance": conditional_acceptance(walks, block_size),
             }
         )
         log.info("%s", rows[-1])
     return rows
-
-
-def _conditional(accepted: list[int], block_size: int) -> list[float]:
-    """Share of rounds that pass position k among those that passed k - 1."""
-    passed = [sum(n >= k for n in accepted) for k in range(block_size + 1)]
-    return [passed[k] / max(1, passed[k - 1]) for k in range(1, block_size + 1)]
 
 
 def _facts(trainer: Trainer, samples: list[Sample], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
     rows = ["| prompts | answers | drafter | prompt lookup | acceptance by position, given the one before |"]
     rows += ["|---|---|---|---|---|"]
     for row in facts["evaluation"]:
-        conditional = " ".join(f"{x:.2f}" for x in row["conditional_acceptance"])
+        conditional = " ".join("-" if x is None else f"{x:.2f}" for x in row["conditional_acceptance"])
         rows.append(
             f"| {row['dataset']} | {row['requests']} | **{row['accepted_length']:.2f}** | "
             f"{row['prompt_lookup']:.2f} | {conditional} |"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -65,15 +65,29 @@ def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
     return _interval(float(a.ratio() - b.ratio()), a.ratio(drawn) - b.ratio(drawn))
 
 
-def conditional_acceptance(records: Iterable[Record], gamma: int) -> list[float | None]:
+class Rounds(Protocol):
+    """Rounds of one answer."""
+
+    @property
+    def accepted(self) -> Sequence[int]:
+        """Accepted drafts of each, without the bonus token."""
+        ...
+
+    @property
+    def verified(self) -> Sequence[int] | None:
+        """How many drafts of each could be judged; None: all."""
+        ...
+
+
+def conditional_acceptance(answers: Iterable[Rounds], gamma: int) -> list[float | None]:
     """Share of drafts at each position that are kept among those of which all before were; None without any.
 
     A draft behind the end of its answer is left out. Without `verified`, every draft behind a kept one counts.
     """
     reached, kept = np.zeros(gamma), np.zeros(gamma)
-    for record in records:
-        verified = record.verified or [gamma] * len(record.accepted)
-        for accepted, seen in zip(record.accepted, verified, strict=True):
+    for rounds in answers:
+        verified = rounds.verified or [gamma] * len(rounds.accepted)
+        for accepted, seen in zip(rounds.accepted, verified, strict=True):
             reached[: min(accepted + 1, seen, gamma)] += 1
             kept[:accepted] += 1
     return [float(k / n) if n else None for k, n in zip(kept, reached, strict=True)]

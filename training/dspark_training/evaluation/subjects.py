@@ -166,7 +166,7 @@ class WalkSubject:
         for record in records:
             # A single token has nothing behind it to draft.
             walks = (
-                [Walk([])]
+                [Walk([], [])]
                 if record.output_tokens < 2
                 else walk_drafter(self._objective, self._source, [sample_of(record)])
             )

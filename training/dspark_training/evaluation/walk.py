@@ -24,6 +24,7 @@ class Walk(NamedTuple):
     """The rounds of one greedy answer."""
 
     accepted: list[int]  # accepted drafts of each round, without the bonus token
+    verified: list[int]  # tokens of the answer behind each round's anchor: further drafts could not be judged
 
     @property
     def accepted_length(self) -> float:
@@ -54,11 +55,11 @@ def walk_drafter(objective: Objective, source: FeatureSource, samples: Sequence[
 
 def walk(matched: Sequence[int]) -> Walk:
     """Visit anchors 0, 1 + matched[0], ...: `matched[i]` drafts agree with the text behind token i."""
-    accepted, at = [], 0
+    anchors, at = [], 0
     while at < len(matched):
-        accepted.append(matched[at])
+        anchors.append(at)
         at += 1 + matched[at]
-    return Walk(accepted)
+    return Walk([matched[at] for at in anchors], [len(matched) - at for at in anchors])
 
 
 def walk_prompt_lookup(sample: Sample, block_size: int, longest: int = 3) -> Walk:
