@@ -10,7 +10,8 @@ import pytest
 import torch
 from dspark_training.bundle.amend import add_cost_tables, calibrate_bundle
 from dspark_training.bundle.calibrate import answered, fit_and_score, held_out_labels
-from dspark_training.bundle.export import load_bundle
+from dspark_training.bundle.card import quality_section
+from dspark_training.bundle.export import Confidence, load_bundle, save_confidence
 from dspark_training.bundle.manifest import check_manifest
 from dspark_training.bundle.rounds import HeldOutRounds, held_out_rounds
 from dspark_training.data.conversation import Prompt
@@ -100,13 +101,15 @@ def test_sampled_drafts_are_accepted_as_often_as_the_rejection_rule_does(
     assert share == pytest.approx(want, abs=4 * (want * (1 - want) / 1500) ** 0.5)
 
 
-def synthetic(temperature: float, count: int = 4000) -> HeldOutRounds:
-    """Rounds of a head whose logits are `temperature` times too extreme."""
+def synthetic(temperature: float, count: int = 4000, *, head_noise: float = 0.0) -> HeldOutRounds:
+    """Rounds of a head whose logits are `temperature` times too extreme, and noisy; the statistics are a bit noisy."""
     rng = np.random.default_rng(3)
     truth = sigmoid(rng.normal(1.0, 1.0, size=(count, 4)).astype(np.float32))
     accepted = (rng.random((count, 4)) < truth).cumprod(axis=1).sum(axis=1)
-    claimed = sigmoid(logit(truth) * np.float32(temperature))
-    statistics = np.stack([logit(truth), np.abs(logit(truth)), 1 - truth], axis=-1)
+    noise = rng.normal(size=(2, count, 4)).astype(np.float32)
+    claimed = sigmoid((logit(truth) + head_noise * noise[0]) * np.float32(temperature))
+    seen = logit(truth) + 0.3 * noise[1]
+    statistics = np.stack([seen, np.abs(seen), 1 - sigmoid(seen)], axis=-1)
     return HeldOutRounds(
         np.arange(count) // 10, np.zeros(count), np.full(count, 5), accepted, claimed, statistics.astype(np.float32)
     )
@@ -138,6 +141,23 @@ def test_without_a_head_a_survival_map_is_fitted() -> None:
     assert np.mean([score.ece for score in fit.after]) < 0.03
 
 
+def test_a_map_takes_the_place_of_a_head_that_ranks_worse() -> None:
+    good, bad = fit_and_score(synthetic(1.0)), fit_and_score(synthetic(1.0, head_noise=2.0))
+    assert good is not None
+    assert bad is not None
+    assert good.confidence.survival_map is None
+    assert bad.confidence.survival_map is not None
+    assert all(new.auroc > old.auroc for old, new in zip(bad.before, bad.after, strict=True))
+    assert "judged by survival_map.json" in quality_section(bad, 400)
+    assert "judged by the confidence head" in quality_section(good, 400)
+
+
+def test_a_new_fit_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    save_confidence(tmp_path, Confidence(Calibration.identity(4), SurvivalMap.default(4)))
+    save_confidence(tmp_path, Confidence(None, SurvivalMap.default(4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["survival_map.json"]
+
+
 def test_too_few_rounds_fit_nothing() -> None:
     assert fit_and_score(synthetic(2.0, count=60)) is None
 
@@ -150,14 +170,16 @@ def test_a_calibrated_bundle_is_what_the_server_reads(tmp_path: Path, family: Fa
     )  # fmt: skip
     check_manifest(exported.path)
     view = make_view(read_spec(exported.path), tmp_path / "cache")
-    assert (view / "survival_map.json").exists() == (family != "dspark")
-    if family != "dspark":
+    mapped = (view / "survival_map.json").exists()
+    assert mapped or family == "dspark"
+    if mapped:
         assert SurvivalMap.load(view / "survival_map.json", 4).fitted_on
     if (view / "calibration.json").exists():
         assert Calibration.load(view / "calibration.json", 4).gamma == 4
     card = (exported.path / "README.md").read_text()
     assert card.startswith("# a card")
     assert "predicted survival of drafts" in card
+    assert ("judged by survival_map.json" in card) == mapped
 
 
 def test_the_command_calibrates_and_shows_what_it_gained(tmp_path: Path) -> None:

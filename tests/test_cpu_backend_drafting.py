@@ -229,7 +229,10 @@ def native_proposer(**parts: Any) -> PolicyProposer:
     return found
 
 
-def test_blocks_that_sglang_drafts_are_judged_as_those_of_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head", [None, nn.Identity()], ids=["no head", "a head that a map replaces"])
+def test_blocks_that_sglang_drafts_are_judged_as_those_of_the_chain(
+    monkeypatch: pytest.MonkeyPatch, head: nn.Module | None
+) -> None:
     greedy_R, temperature_R = torch.tensor([True, False, False]), torch.tensor([0.4, 0.6, 1.4])
     found, base_RGV, bias_VV = judged_chain(greedy_R, temperature_R)
     before_RG = torch.cat([torch.full((3, 1), 3), found.tokens_BG[:, :-1]], dim=1)
@@ -240,14 +243,18 @@ def test_blocks_that_sglang_drafts_are_judged_as_those_of_the_chain(monkeypatch:
         temperatures=temperature_R,
         greedy_draft=False,
     )
-    proposal = DraftProposal(draft_block_ids=before_RG, draft_block=block)
+    by_head_RG = None if head is None else torch.full((3, GAMMA), 0.5)
+    proposal = DraftProposal(draft_block_ids=before_RG, draft_block=block, confidence=by_head_RG)
     monkeypatch.setattr(DraftBlockProposer, "propose", lambda self, **kwargs: proposal)
-    ours = native_proposer(plan=FullPolicy().plan(Batch.ordinary(np.arange(3), np.arange(3))))
+    plan = FullPolicy().plan(Batch.ordinary(np.arange(3), np.arange(3)))
+    ours = native_proposer(plan=plan, draft_model=SimpleNamespace(confidence_head=head))
     confidence_RG = ours.propose().confidence
     step_temperature_R = torch.where(greedy_R, 0.0, temperature_R)
     assert found.statistics_BG3 is not None
     expected_RG = SurvivalMap.default(GAMMA).apply(found.statistics_BG3, step_temperature_R)
     assert torch.allclose(confidence_RG, expected_RG, atol=1e-3)
+    ours._greedy_draft = True  # SGLang keeps no distributions: what the head says stands
+    assert ours.propose().confidence is by_head_RG
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def headless(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 def test_it_says_that_it_estimates_and_schedules_by_default(headless: Headless) -> None:
     log = headless.server.log.read_text()
-    assert "has no confidence head: estimating from its draft distributions" in log
+    assert "are judged by their own distributions" in log
     assert "step times kept in" in log
     assert headless.server.report()["policy"] == "adaptive"
 

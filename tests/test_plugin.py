@@ -193,6 +193,15 @@ def test_temperatures_for_a_head_that_is_not_there_are_refused(target: Path, dra
         resolution.prepare(args, ServingConfig())
 
 
+def test_temperatures_for_a_head_that_a_survival_map_replaces_are_refused(target: Path, tmp_path: Path) -> None:
+    make_tiny_drafter(headed := tmp_path / "headed", resolution.target_config(str(target)))
+    given = {"speculative_dspark_confidence_sts_path": "sts.json"}
+    resolution.prepare(server_args(target, headed, **given), ServingConfig())
+    SurvivalMap.default(read_spec(headed).gamma).save(headed / "survival_map.json")
+    with pytest.raises(OptionError, match=r"survival_map.json judges; expected --dspark-calibration"):
+        resolution.prepare(server_args(target, headed, **given), ServingConfig())
+
+
 def test_a_survival_map_for_another_block_size_is_refused(target: Path, drafter: Path) -> None:
     SurvivalMap.default(7).save(drafter / "survival_map.json")
     with pytest.raises(DataError, match="is for block size 7"):

@@ -38,7 +38,7 @@ class Draws:
         greedy_B: requests that take the most probable token at every step.
         vocab_size: size of the full vocabulary.
         token_ids: the ids that the columns of the logits stand for, ascending; None for the whole vocabulary.
-        judged: whether statistics of the distributions are wanted, for a drafter without a confidence head.
+        judged: whether statistics of the distributions are wanted.
     """
 
     def __init__(

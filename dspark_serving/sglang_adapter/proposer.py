@@ -1,6 +1,7 @@
 """The draft pass of a round: SGLang's own on CUDA, an eager chain on CPU, none when the plan goes without.
 
-Drafters without a confidence head get confidences from their draft distributions (scheduler/survival_map.py).
+Drafters without a confidence head, or with a better survival map than that, get confidences from their draft
+distributions (scheduler/survival_map.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class PolicyProposer(DraftBlockProposer):
 
     plan: Plan
     survival_map: SurvivalMap | None = None
-    """Set by the worker for a drafter without a confidence head."""
+    """Set by the worker where the draft distributions are judged, instead of a confidence head's answer."""
 
     @property
     def judges(self) -> bool:
@@ -53,12 +54,12 @@ class PolicyProposer(DraftBlockProposer):
         if not self.plan.drafts:
             return self._propose_nothing(kwargs["draft_input"], kwargs["bs"], kwargs["sampling_info"])
         proposal = super().propose(**kwargs)
-        if self.survival_map is None or not self.judges:
+        if self.survival_map is None or not self._keeps_logits:
             return proposal
         return msgspec.structs.replace(proposal, confidence=_estimate(proposal.draft_block, self.survival_map))
 
     def _estimated(self, chain: Chain, params: DraftParams) -> torch.Tensor | None:
-        """Confidences [B, G] of a block that was drafted here, for a drafter without a confidence head."""
+        """Confidences [B, G] of a block that was drafted here, from its distributions; None where a head judges it."""
         if self.survival_map is None or chain.statistics_BG3 is None:
             return None
         return self.survival_map.apply(chain.statistics_BG3, params.step_temperatures)

@@ -58,8 +58,7 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
         return
     if wanted:
         spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path, wanted)
-        if not spec.has_confidence:
-            _check_estimates(server_args, spec)
+        _check_estimates(server_args, spec)
         os.environ.setdefault(RAGGED_MODE, "compact")
         view = make_view(spec, cache_root())
         # All families run in SGLang's DSPARK worker: only that has ragged verification.
@@ -97,21 +96,26 @@ def check_drafter(model_path: str, draft_path: str | None, family: str) -> Draft
     return spec
 
 
-def survival_map_of(spec: DrafterSpec) -> SurvivalMap:
-    """What a drafter without confidence head is judged by: the map beside its weights, else the default.
+def survival_map_of(spec: DrafterSpec) -> SurvivalMap | None:
+    """What judges the drafts from their distributions: the map beside the weights, else, without a head, the default.
+
+    None: the drafter's confidence head judges them.
 
     Raises:
         DataError: the file beside the weights cannot be used.
     """
     path = spec.path / survival_map.FILE_NAME
-    return SurvivalMap.load(path, spec.gamma) if path.is_file() else SurvivalMap.default(spec.gamma)
+    if path.is_file():
+        return SurvivalMap.load(path, spec.gamma)
+    return None if spec.has_confidence else SurvivalMap.default(spec.gamma)
 
 
 def _check_estimates(server_args: Any, spec: DrafterSpec) -> None:
-    survival_map_of(spec)
-    if server_args.speculative_dspark_confidence_sts_path:
+    estimated = survival_map_of(spec) is not None
+    if estimated and server_args.speculative_dspark_confidence_sts_path:
+        why = f"whose drafts {survival_map.FILE_NAME} judges" if spec.has_confidence else "which has no confidence head"
         raise OptionError(
-            f"--speculative-dspark-confidence-sts-path with {spec.path}, which has no confidence head",
+            f"--speculative-dspark-confidence-sts-path with {spec.path}, {why}",
             expected=f"{flag('calibration')}, which applies to estimated confidences too",
             fix="Fit it with `dspark calibrate` on recordings of this drafter.",
         )

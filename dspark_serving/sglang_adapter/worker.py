@@ -56,10 +56,10 @@ class DsparkServingWorker(DSparkWorkerV2):
         parallel = get_parallel()
         ranks = parallel.tp_group
         self._verify_planner.plan_sync = PlanSync(ranks.cpu_group if parallel.tp_size > 1 else None, ranks.first_rank)
-        headless = getattr(self.draft_model, "confidence_head", None) is None
-        if headless and self._verify_planner.schedules_verify_budget:
+        if self._verify_planner.schedules_verify_budget:
             self._proposer.survival_map = resolution.survival_map_of(spec)
-            logger.info("%s has no confidence head: estimating from its draft distributions", spec.path)
+            judge = "its confidence head" if self._proposer.survival_map is None else "their own distributions"
+            logger.info("drafts of %s are judged by %s", spec.path, judge)
         if spec.family == "eagle3":
             self._late_commit = eagle3.prepare_worker(self, spec, late=self._on_cpu)
         elif self._on_cpu:

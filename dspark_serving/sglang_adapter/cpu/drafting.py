@@ -111,13 +111,11 @@ class CpuProposer(PolicyProposer):
         params = resolve_draft_params(sampling_info=sampling_info, bs=bs, device=anchors_B.device)
         with torch.inference_mode():
             chain = self.chain.draft(forward.draft_hidden_3d, anchors_B, params.temperatures, params.greedy_mask)
-            confidence = confidence_raw = None
-            if self.draft_model.confidence_head is not None:
+            confidence, confidence_raw = self._estimated(chain, params), None
+            if confidence is None and self.draft_model.confidence_head is not None:
                 confidence, confidence_raw = self.draft_model.compute_confidence(
                     anchor_tokens=anchors_B, draft_tokens=chain.tokens_BG, confidence_features=forward.raw_hidden
                 )
-            else:
-                confidence = self._estimated(chain, params)
         return DraftProposal(
             draft_block_ids=forward.draft_block_ids[:, : self.gamma],
             draft_block=sampled_block(chain, params),

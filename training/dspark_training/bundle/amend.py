@@ -77,7 +77,7 @@ def calibrate_bundle(
         save_confidence(partial, fitted.confidence)
         card = partial / CARD
         text = card.read_text() if card.is_file() else ""
-        card.write_text(text.split(QUALITY_TITLE)[0] + quality_section(fitted.before, fitted.after, len(samples)))
+        card.write_text(text.split(QUALITY_TITLE)[0] + quality_section(fitted, len(samples)))
     return fitted
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from dspark_training.target import Target
 
 log = logging.getLogger(__name__)
 
+_CLEARLY = 0.99
+"""A map's Brier score by the head's, below which it takes the head's place: a softmax a draft should pay."""
+
 
 class FittedConfidence(NamedTuple):
     """What ships with the drafter, and how good it was on answers that it was not fitted to."""
@@ -40,24 +43,24 @@ def held_out_labels(rounds: HeldOutRounds, survival_map: SurvivalMap | None = No
     """Labels for `fit_temperatures` and `survival_quality`.
 
     Args:
-        survival_map: what judges a drafter without a confidence head; None for the default map.
+        survival_map: judges the drafts; None: the confidence head does, or the default map where there is none.
     """
     confidence_NG = rounds.confidence_NG
-    if confidence_NG is None:
+    if confidence_NG is None or survival_map is not None:
         judge = survival_map or SurvivalMap.default(rounds.statistics_NG3.shape[1])
         statistics, temperature = (torch.from_numpy(x).float() for x in (rounds.statistics_NG3, rounds.temperature_N))
         confidence_NG = judge.apply(statistics, temperature).numpy()
     return Labels(confidence_NG, rounds.verify_lens_N, rounds.accepted_N)
 
 
-def fit_confidence(rounds: HeldOutRounds) -> Confidence:
-    """Fit the survival map (of a drafter without a confidence head), then a temperature for each position.
+def fit_confidence(rounds: HeldOutRounds, *, by_map: bool) -> Confidence:
+    """Fit the survival map, if that is to judge the drafts, then a temperature for each position.
 
     Raises:
         DataError: too few verified drafts.
     """
     fitted_map = None
-    if rounds.confidence_NG is None:
+    if by_map:
         fitted_map = fit_survival_map(
             MapLabels(rounds.statistics_NG3, rounds.temperature_N, rounds.verify_lens_N, rounds.accepted_N)
         )
@@ -69,27 +72,39 @@ def fit_confidence(rounds: HeldOutRounds) -> Confidence:
 def fit_and_score(rounds: HeldOutRounds) -> FittedConfidence | None:
     """Fit to all rounds; score a fit to every other answer on the rest. None, and a warning, with too few rounds.
 
-    Temperatures that do not lower the mean calibration error of the rest are left out: they would be noise.
+    A drafter with a confidence head is judged by a survival map instead where that has a clearly lower Brier score on
+    the rest. Temperatures that do not lower the mean calibration error of the rest are left out: they would be noise.
     """
-    odd_N = rounds.sample_N % 2 == 1
     try:
-        shipped, half = fit_confidence(rounds), fit_confidence(rounds.rows(~odd_N))
+        if rounds.confidence_NG is None:
+            return _fit_and_score(rounds, by_map=True)
+        by_head = _fit_and_score(rounds, by_map=False)
     except DataError as error:
         log.warning("no calibration: %s", error)
         return None
-    rest, gamma = rounds.rows(odd_N), rounds.statistics_NG3.shape[1]
-    before = survival_quality(held_out_labels(rest), Calibration.identity(gamma))
+    try:
+        by_map = _fit_and_score(rounds, by_map=True)
+    except DataError:
+        return by_head
+    return by_map if _mean(by_map.after, "brier") < _CLEARLY * _mean(by_head.after, "brier") else by_head
+
+
+def _fit_and_score(rounds: HeldOutRounds, *, by_map: bool) -> FittedConfidence:
+    odd_N = rounds.sample_N % 2 == 1
+    shipped, half = (fit_confidence(part, by_map=by_map) for part in (rounds, rounds.rows(~odd_N)))
+    rest, identity = rounds.rows(odd_N), Calibration.identity(rounds.statistics_NG3.shape[1])
+    before = survival_quality(held_out_labels(rest), identity)
     judged = held_out_labels(rest, half.survival_map)
-    mapped = survival_quality(judged, Calibration.identity(gamma))
-    scaled = survival_quality(judged, half.calibration or Calibration.identity(gamma))
-    if _mean_error(scaled) < _mean_error(mapped):
+    mapped = survival_quality(judged, identity)
+    scaled = survival_quality(judged, half.calibration or identity)
+    if _mean(scaled, "ece") < _mean(mapped, "ece"):
         return FittedConfidence(shipped, before, scaled)
     log.info("temperatures are left out: they do not help on answers that they were not fitted to")
     return FittedConfidence(shipped._replace(calibration=None), before, mapped)
 
 
-def _mean_error(scores: list[Quality]) -> float:
-    return float(np.nanmean([score.ece for score in scores]))
+def _mean(scores: list[Quality], figure: Literal["ece", "brier"]) -> float:
+    return float(np.nanmean([getattr(score, figure) for score in scores]))
 
 
 def answered(

@@ -7,7 +7,7 @@ from typing import Any
 
 from dspark_serving.drafters import DrafterSpec
 from dspark_serving.drafters.spec import Family
-from dspark_serving.scheduler.calibration_quality import Quality
+from dspark_training.bundle.calibrate import FittedConfidence
 from dspark_training.config import RunConfig
 
 _NAMES: dict[str, str] = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle3"}
@@ -104,16 +104,20 @@ def import_card(spec: DrafterSpec, original: DrafterSpec, kept: list[str], confi
     )
 
 
-def quality_section(before: list[Quality], after: list[Quality], answers: int) -> str:
-    """A section on the confidences: expected calibration error of the survival up to each position."""
-    rows = ["| up to position | labels | ECE, nothing fitted | ECE, fitted | AUROC, fitted |", "|---|---|---|---|---|"]
-    for position, (old, new) in enumerate(zip(before, after, strict=True), start=1):
-        rows.append(f"| {position} | {new.labels} | {old.ece:.3f} | {new.ece:.3f} | {new.auroc:.2f} |")
+def quality_section(fitted: FittedConfidence, answers: int) -> str:
+    """A section on the confidences: how well they predicted the survival up to each position."""
+    rows = ["| up to position | labels | ECE, nothing fitted | ECE, fitted | AUROC, nothing fitted | AUROC, fitted |"]
+    rows += ["|---|---|---|---|---|---|"]
+    for position, (old, new) in enumerate(zip(fitted.before, fitted.after, strict=True), start=1):
+        errors, ranks = f"{old.ece:.3f} | {new.ece:.3f}", f"{old.auroc:.2f} | {new.auroc:.2f}"
+        rows.append(f"| {position} | {new.labels} | {errors} | {ranks} |")
+    mapped = fitted.confidence.survival_map is not None
+    judge = "survival_map.json, from their distributions" if mapped else "the confidence head"
     return (
         f"{QUALITY_TITLE}\n"
         + "\n".join(rows)
         + f"\n\nRounds on {answers} answers that were not trained on; fitted to every other one, scored on the rest.\n"
-        "The calibration that ships is fitted to all of them.\n"
+        f"What ships is fitted to all of them; drafts are judged by {judge}.\n"
     )
 
 

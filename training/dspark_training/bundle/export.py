@@ -35,7 +35,7 @@ class Confidence(NamedTuple):
     """What was fitted to held-out rounds; either may be missing, and serving then takes its default."""
 
     calibration: Calibration | None = None
-    survival_map: SurvivalMap | None = None  # for a drafter without a confidence head
+    survival_map: SurvivalMap | None = None  # judges drafts in place of a confidence head
 
 
 def export_bundle(
@@ -99,11 +99,14 @@ def write_bundle(
 
 
 def save_confidence(directory: Path, confidence: Confidence) -> None:
-    """Write what was fitted where serving finds it: beside the weights."""
-    if confidence.calibration is not None:
-        confidence.calibration.save(directory / temperatures.FILE_NAME)
-    if confidence.survival_map is not None:
-        confidence.survival_map.save(directory / maps.FILE_NAME)
+    """Write what was fitted where serving finds it, beside the weights; what was there before goes."""
+    for fitted, name in (
+        (confidence.calibration, temperatures.FILE_NAME),
+        (confidence.survival_map, maps.FILE_NAME),
+    ):
+        (directory / name).unlink(missing_ok=True)
+        if fitted is not None:
+            fitted.save(directory / name)
 
 
 def load_bundle(

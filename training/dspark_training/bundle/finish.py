@@ -46,7 +46,7 @@ def finish_bundle(
     usable = [sample for sample in held_out if sample.supervised > 1]
     fitted = fit_and_score(held_out_rounds(target, drafter, source, vocab, usable)) if usable else None
     if fitted is not None:
-        facts = facts | {"confidence": quality_section(fitted.before, fitted.after, len(usable))}
+        facts = facts | {"confidence": quality_section(fitted, len(usable))}
     export_bundle(
         directory,
         drafter,
