@@ -195,6 +195,17 @@ def test_statistics_are_those_of_the_distributions_drawn_from() -> None:
     assert torch.allclose(found.statistics_BG3, expected, atol=1e-3)
 
 
+@torch.no_grad()
+def test_statistics_of_a_reduced_vocabulary_are_those_of_the_whole_one_that_holds_nothing_else() -> None:
+    head, hidden, ids = torch.randn(VOCAB, HIDDEN), torch.randn(2, GAMMA, HIDDEN), torch.tensor([1, 4, 5, 9])
+    chain = DraftChain(head, None, VOCAB, ids, judged=True)
+    found = chain.draft(hidden, torch.full((2,), 3), torch.ones(2), torch.ones(2, dtype=torch.bool))
+    whole_BGV = torch.full((2, GAMMA, VOCAB), -torch.inf)
+    whole_BGV[..., ids] = hidden @ head[ids].T
+    assert found.statistics_BG3 is not None
+    torch.testing.assert_close(found.statistics_BG3, draft_statistics(whole_BGV), atol=1e-4, rtol=1e-4)
+
+
 def test_statistics_know_the_tokens_before_and_not_the_one_that_is_drawn() -> None:
     requests = 500
     found, *_ = judged_chain(torch.zeros(requests, dtype=torch.bool), torch.full((requests,), 1.5))

@@ -30,6 +30,7 @@ from dspark_training.objectives.losses import Weights
 from dspark_training.target import Target
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dspark_serving.scheduler.survival_map import Line, SurvivalMap, draft_statistics
 from tests.oracle import speculative_decode
 from tests.oracle_drafters import known_tokens, make_oracle_drafter, make_oracle_target
 from tests.sampled_distribution import chi_square, of_text
@@ -95,6 +96,35 @@ def test_rounds_are_those_of_the_plain_loop(world: tuple[Target, BlockProposer])
         assert got.accepted[-1] == min(plain.accepted[-1], 40 - made)
         assert got.verified[:-1] == [4] * (len(got.accepted) - 1)
     assert len({n for d in found.values() for n in d.accepted}) > 2, "all rounds alike show little"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_survival_map_judges_in_place_of_the_head(world: tuple[Target, BlockProposer], temperature: float) -> None:
+    """Confidences from the distributions that were drawn from, over the whole vocabulary; the same drafts."""
+    target, headed = world
+    line = Line((0.7, 0.1, -1.0), (0.3, 0.2, 0.1, 0.0))
+    judge = SurvivalMap(line, line)
+    mapped = proposer_of(headed.model, target, headed.layer_ids, headed.ids_U, judge)
+    requests = [Request("a", PROMPTS[0], temperature, 20)]
+    by_head, by_map = (answers(target, drafter, requests)["a"] for drafter in (headed, mapped))
+    assert by_head.answer_ids == by_map.answer_ids
+    assert by_head.confidence != by_map.confidence
+    if temperature:
+        return
+    context = [*PROMPTS[0], by_map.answer_ids[0]]  # the first round: its anchor is the answer's first token
+    ids_BT = torch.tensor([context])
+    features = target.features(ids_BT, torch.ones_like(ids_BT), headed.layer_ids).context_BTM
+    anchors, model = torch.tensor([[len(context) - 1]]), headed.model
+    with torch.no_grad():
+        hidden_BKD = model.hidden(features, anchors, ids_BT[:, -1:], target.embed)[:, 0]
+        logits_V = (hidden_BKD[0, 0] @ headed.head_UD.T).float()
+        if model.markov_head is not None and headed.markov_UR is not None:
+            latent_BR = model.markov_head.latent(hidden_BKD[:, :1], ids_BT[:, -1:])[:, -1]
+            logits_V = logits_V + latent_BR[0] @ headed.markov_UR.T
+    whole_V = torch.full((target.config.vocab_size,), -torch.inf)
+    whole_V[headed.ids_U] = logits_V
+    expected = judge.apply(draft_statistics(whole_V)[None, None].expand(1, 4, 3), torch.zeros(1))[0, 0]
+    assert by_map.confidence[0][0] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_an_answer_does_not_depend_on_what_it_is_batched_with(world: tuple[Target, BlockProposer]) -> None:

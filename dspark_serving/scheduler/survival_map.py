@@ -1,4 +1,4 @@
-"""Confidences for drafters without a confidence head: from how sure the draft distribution is of itself.
+"""Confidences from how sure the draft distribution is of itself: without a confidence head, or better than by one.
 
 logit c_k = weights . statistics_k + bias_k, one set of weights for greedy and one for sampled requests: acceptance by
 argmax and by rejection sampling are different labels. The statistics are of the distribution from which x_k is about
@@ -34,15 +34,18 @@ _PRECISION = 0.1  # of the prior around the default: a few labels cannot move fa
 _FIX = "Fit it again, or remove the file to serve with the default map."
 
 
-def draft_statistics(logits_RV: torch.Tensor, probability_RV: torch.Tensor | None = None) -> torch.Tensor:
+def draft_statistics(
+    logits_RV: torch.Tensor, probability_RV: torch.Tensor | None = None, vocab_size: int | None = None
+) -> torch.Tensor:
     """What a draft distribution says of its own certainty, [..., 3] float32, in the order of STATISTICS.
 
     The log-odds of the most probable token, the log-ratio of the two most probable ones (both bounded), and the
-    entropy as a share of that of a uniform distribution. Nothing waits for the device.
+    entropy as a share of that of a uniform distribution over the vocabulary. Nothing waits for the device.
 
     Args:
         logits_RV: [..., V], V >= 2, at the temperature that the token is drawn at, and as they are for greedy ones.
         probability_RV: their softmax, where it is at hand.
+        vocab_size: of the target, where the logits are only of the tokens that may be drafted.
     """
     logits_RV = logits_RV.float()
     if probability_RV is None:
@@ -51,7 +54,7 @@ def draft_statistics(logits_RV: torch.Tensor, probability_RV: torch.Tensor | Non
     top_R = probability_RV.amax(dim=-1)
     # Entropy = log sum exp - mean logit; a masked logit of -inf has no share in the mean.
     mean_R = (probability_RV * (logits_RV - best_R2[..., :1]).clamp_min(-1e30)).sum(dim=-1)
-    entropy_R = (-top_R.log() - mean_R) / math.log(logits_RV.shape[-1])
+    entropy_R = (-top_R.log() - mean_R) / math.log(vocab_size or logits_RV.shape[-1])
     return torch.stack(
         [
             top_R.logit().clamp(-_LOG_ODDS_LIMIT, _LOG_ODDS_LIMIT),
@@ -186,6 +189,20 @@ class SurvivalMap:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(content.model_dump_json(indent=2) + "\n")
         os.replace(partial, path)
+
+
+def survival_map_beside(weights: Path, gamma: int, *, has_head: bool) -> SurvivalMap | None:
+    """What judges the drafts of a drafter: the map in its directory, else, without a confidence head, the default map.
+
+    None: the head judges them.
+
+    Raises:
+        DataError: the file cannot be used.
+    """
+    path = weights / FILE_NAME
+    if path.is_file():
+        return SurvivalMap.load(path, gamma)
+    return None if has_head else SurvivalMap.default(gamma)
 
 
 class MapLabels(NamedTuple):

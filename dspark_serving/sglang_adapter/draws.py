@@ -70,7 +70,8 @@ class Draws:
             logits_BV = logits_BV / self._temperatures_B[:, None]
             self._probs.append(logits_BV.softmax(dim=1))
         if self._judged:  # before the draw: what was drawn must not be told
-            self._statistics.append(draft_statistics(logits_BV, None if self._all_greedy else self._probs[-1]))
+            probability_BV = None if self._all_greedy else self._probs[-1]
+            self._statistics.append(draft_statistics(logits_BV, probability_BV, self._vocab_size))
         if not self._all_greedy:
             drawn_B = torch.multinomial(self._probs[-1], 1).squeeze(1)
             index_B = torch.where(self._greedy_B, index_B, drawn_B)

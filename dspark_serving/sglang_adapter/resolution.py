@@ -97,17 +97,8 @@ def check_drafter(model_path: str, draft_path: str | None, family: str) -> Draft
 
 
 def survival_map_of(spec: DrafterSpec) -> SurvivalMap | None:
-    """What judges the drafts from their distributions: the map beside the weights, else, without a head, the default.
-
-    None: the drafter's confidence head judges them.
-
-    Raises:
-        DataError: the file beside the weights cannot be used.
-    """
-    path = spec.path / survival_map.FILE_NAME
-    if path.is_file():
-        return SurvivalMap.load(path, spec.gamma)
-    return None if spec.has_confidence else SurvivalMap.default(spec.gamma)
+    """What judges the drafts from their distributions; None where the confidence head does."""
+    return survival_map.survival_map_beside(spec.path, spec.gamma, has_head=spec.has_confidence)
 
 
 def _check_estimates(server_args: Any, spec: DrafterSpec) -> None:

@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens, A anchors a sequence, K = G drafted tokens, D hid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -263,6 +262,4 @@ def _sampled(
 def _statistics(logits_BAV: Tensor, heat_BA: Tensor, vocab_size: int) -> Tensor:
     """`draft_statistics` [B, A, 3] as serving sees them: at the request's temperature, over the whole vocabulary."""
     scale_BA = torch.where(heat_BA > 0, heat_BA, 1.0)
-    statistics = draft_statistics(logits_BAV / scale_BA[..., None])
-    statistics[..., 2] *= math.log(logits_BAV.shape[-1]) / math.log(vocab_size)
-    return statistics
+    return draft_statistics(logits_BAV / scale_BA[..., None], vocab_size=vocab_size)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dspark_serving.scheduler.survival_map import SurvivalMap, draft_statistics
 from dspark_training.evaluation.acceptance import Proposal, draw
 from dspark_training.evaluation.slabs import Slab
 from dspark_training.models.backbone import BlockDrafter
@@ -81,10 +82,19 @@ class BlockProposer:
         model: the network, features as its target gives them (no scale).
         layer_ids: target layers whose outputs it reads.
         ids_U: token ids that it may draft, ascending.
+        survival_map: judges the drafts; None: the confidence head does, if there is one.
     """
 
-    def __init__(self, model: BlockDrafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor) -> None:
+    def __init__(
+        self,
+        model: BlockDrafter,
+        target: Target,
+        layer_ids: tuple[int, ...],
+        ids_U: Tensor,
+        survival_map: SurvivalMap | None = None,
+    ) -> None:
         self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
+        self.survival_map = survival_map
         self.head_UD = target.lm_head_weight_VD[ids_U].float()
         self.markov_UR = None if model.markov_head is None else model.markov_head.markov_w2.weight[ids_U].float()
 
@@ -115,19 +125,17 @@ class _BlockSession:
         hidden_BAKD = model.hidden_behind(context, self._lengths_B[:, None], anchors_B[:, None], p.target.embed)
         hidden_BKD = hidden_BAKD.squeeze(1)
         logits_BKU = p.target.soft_cap(hidden_BKD.float() @ p.head_UD.T)
+        picks = _Picks(p, temperature, uniform_BK)
         previous_BK = anchors_B[:, None]  # grows: x_0, x_1, ...
-        probs: list[Tensor] = []
         for k in range(p.gamma):
             row_BU = logits_BKU[:, k]
             if model.markov_head is not None and p.markov_UR is not None:
                 latent_BR = model.markov_head.latent(hidden_BKD[:, : k + 1], previous_BK)[:, -1]
                 row_BU = row_BU + latent_BR.float() @ p.markov_UR.T
-            columns_B = _pick(row_BU, temperature, uniform_BK[:, k], probs)
-            previous_BK = torch.cat([previous_BK, p.ids_U[columns_B][:, None]], dim=1)
-        confidence_BK = None
-        if model.confidence_head is not None:
-            confidence_BK = torch.sigmoid(model.confidence(hidden_BKD, previous_BK[:, :-1]).float())
-        return Proposal(previous_BK[:, 1:], torch.stack(probs, 1) if probs else None, p.ids_U, confidence_BK)
+            previous_BK = torch.cat([previous_BK, picks.next(row_BU)[:, None]], dim=1)
+        if model.confidence_head is None or p.survival_map is not None:
+            return picks.proposal()
+        return picks.proposal(torch.sigmoid(model.confidence(hidden_BKD, previous_BK[:, :-1]).float()))
 
     def keep(self, rows: Tensor) -> None:
         self._lengths_B = self._lengths_B[rows]
@@ -139,8 +147,16 @@ class _BlockSession:
 class ChainProposer:
     """A chain drafter (EAGLE-3) over its draft vocabulary; arguments as for BlockProposer."""
 
-    def __init__(self, model: Eagle3Drafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor) -> None:
+    def __init__(
+        self,
+        model: Eagle3Drafter,
+        target: Target,
+        layer_ids: tuple[int, ...],
+        ids_U: Tensor,
+        survival_map: SurvivalMap | None = None,
+    ) -> None:
         self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
+        self.survival_map = survival_map
         self.head_UD = target.lm_head_weight_VD[ids_U].float()
 
     @property
@@ -170,12 +186,11 @@ class _ChainSession:
         p = self._proposer
         context = KeysValues(self._keys.rows, self._values.rows)
         chain = Chain(self._lengths_B[:, None] - 1, self._start_BD[:, None], None)
-        tokens, probs = [anchors_B], list[Tensor]()
-        for k in range(p.gamma):
-            hidden_BAD, chain = self._model.step(context, chain, tokens[-1][:, None], p.target.embed)
-            row_BU = p.target.soft_cap(hidden_BAD[:, 0].float() @ p.head_UD.T)
-            tokens.append(p.ids_U[_pick(row_BU, temperature, uniform_BK[:, k], probs)])
-        return Proposal(torch.stack(tokens[1:], 1), torch.stack(probs, 1) if probs else None, p.ids_U, None)
+        picks, tokens_B = _Picks(p, temperature, uniform_BK), anchors_B
+        for _ in range(p.gamma):
+            hidden_BAD, chain = self._model.step(context, chain, tokens_B[:, None], p.target.embed)
+            tokens_B = picks.next(p.target.soft_cap(hidden_BAD[:, 0].float() @ p.head_UD.T))
+        return picks.proposal()
 
     def keep(self, rows: Tensor) -> None:
         self._lengths_B, self._start_BD = self._lengths_B[rows], self._start_BD[rows]
@@ -184,17 +199,47 @@ class _ChainSession:
 
 
 def proposer_of(
-    model: BlockDrafter | Eagle3Drafter, target: Target, layer_ids: tuple[int, ...], ids_U: Tensor
+    model: BlockDrafter | Eagle3Drafter,
+    target: Target,
+    layer_ids: tuple[int, ...],
+    ids_U: Tensor,
+    survival_map: SurvivalMap | None = None,
 ) -> BlockProposer | ChainProposer:
     """What drafts with a network; arguments as for BlockProposer."""
     if isinstance(model, Eagle3Drafter):
-        return ChainProposer(model, target, layer_ids, ids_U)
-    return BlockProposer(model, target, layer_ids, ids_U)
+        return ChainProposer(model, target, layer_ids, ids_U, survival_map)
+    return BlockProposer(model, target, layer_ids, ids_U, survival_map)
 
 
-def _pick(logits_BU: Tensor, temperature: float, uniform_B: Tensor, probs: list[Tensor]) -> Tensor:
-    """The drafted columns [B]; what they were drawn from is added to `probs` where the temperature is above 0."""
-    if temperature == 0:
-        return logits_BU.argmax(-1)
-    probs.append(torch.softmax(logits_BU / temperature, dim=-1))
-    return draw(probs[-1], uniform_B)
+class _Picks:
+    """The tokens of a block, one after the other, and what they were drawn from."""
+
+    def __init__(self, proposer: BlockProposer | ChainProposer, temperature: float, uniform_BK: Tensor) -> None:
+        self._ids_U, self._map = proposer.ids_U, proposer.survival_map
+        self._vocab_size = proposer.target.config.vocab_size
+        self._temperature, self._uniform_BK = temperature, uniform_BK
+        self._tokens: list[Tensor] = []
+        self._probs: list[Tensor] = []
+        self._statistics: list[Tensor] = []
+
+    def next(self, logits_BU: Tensor) -> Tensor:
+        """Ids [B] of the next draft."""
+        scaled_BU = logits_BU / (self._temperature or 1.0)
+        if self._map is not None:  # of the distribution alone: what is drawn from it must not be told
+            self._statistics.append(draft_statistics(scaled_BU, vocab_size=self._vocab_size))
+        if self._temperature == 0:
+            columns_B = logits_BU.argmax(-1)
+        else:
+            self._probs.append(torch.softmax(scaled_BU, dim=-1))
+            columns_B = draw(self._probs[-1], self._uniform_BK[:, len(self._tokens)])
+        self._tokens.append(self._ids_U[columns_B])
+        return self._tokens[-1]
+
+    def proposal(self, by_head_BK: Tensor | None = None) -> Proposal:
+        """The block, judged by the map where there is one."""
+        tokens_BK = torch.stack(self._tokens, 1)
+        confidence_BK = by_head_BK
+        if self._map is not None:
+            heat_B = torch.full((len(tokens_BK),), self._temperature, device=tokens_BK.device)
+            confidence_BK = self._map.apply(torch.stack(self._statistics, 1), heat_B)
+        return Proposal(tokens_BK, torch.stack(self._probs, 1) if self._probs else None, self._ids_U, confidence_BK)

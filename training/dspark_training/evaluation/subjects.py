@@ -11,6 +11,7 @@ import torch
 
 from dspark_serving.drafters import DrafterSpec, check_fit
 from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
+from dspark_serving.scheduler.survival_map import survival_map_beside
 from dspark_training.bundle.export import load_bundle
 from dspark_training.config import OptimConfig
 from dspark_training.data.chat import ChatTemplate
@@ -75,11 +76,13 @@ def load_drafter(path: Path, target: Target, target_path: Path) -> Loaded:
 
     Raises:
         CheckpointError: it is damaged, incomplete, of a kind that the networks here do not have, or for another target.
+        DataError: the survival map in its directory cannot be used.
     """
     network, spec = load_bundle(path, target=target)
     spec = check_fit(spec, target.config.to_dict(), target_path)
     ids_U = torch.tensor(spec.draft_token_ids or range(spec.vocab_size))
-    return Loaded(path, proposer_of(network, target, spec.target_layer_ids, ids_U), spec)
+    judge = survival_map_beside(path, spec.gamma, has_head=spec.has_confidence)
+    return Loaded(path, proposer_of(network, target, spec.target_layer_ids, ids_U, judge), spec)
 
 
 class LocalSubject:
