@@ -16,6 +16,7 @@ from dspark_serving.cli.console import one_line_errors, report
 
 _BUNDLES = Path(__file__).resolve().parents[1] / "examples" / "bundles"
 _RESULT = Path(__file__).parent / "results" / "training.json"
+_HELD_OUT = "held-out training prompts"
 
 
 def rows_of(provenance: dict[str, Any]) -> list[Row]:
@@ -29,7 +30,7 @@ def rows_of(provenance: dict[str, Any]) -> list[Row]:
             "family": family,
             "tokens": point["tokens"],
             "hours": point["seconds"] / 3600,
-            "dataset": "held-out training prompts",
+            "dataset": _HELD_OUT,
             "temperature": 0.0,
             "accepted_length": point["accepted_length"],
             "conditional_acceptance": point["conditional_acceptance"],
@@ -54,9 +55,29 @@ def markdown(rows: list[Row], notes: str) -> str:
     return f"# Training\n\n{notes}\n\n" + "\n".join(lines) + "\n"
 
 
+def plot(rows: list[Row], path: Path) -> None:
+    """Held-out accepted length along the runs, against tokens and against hours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curve = [row for row in rows if row["dataset"] == _HELD_OUT]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    columns = {"tokens": "target tokens", "hours": "hours of training"}
+    for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
+        for family in dict.fromkeys(row["family"] for row in curve):
+            points = [(row[column], row["accepted_length"]) for row in curve if row["family"] == family]
+            axes.plot(*zip(*points, strict=True), marker=".", label=family)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("accepted length, held-out answers")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
 def main(
     bundles: Annotated[Path, typer.Option(help="Directory of trained drafters.")] = _BUNDLES,
-    output: Annotated[Path, typer.Option(help="JSON file; a table is written beside it.")] = _RESULT,
+    output: Annotated[Path, typer.Option(help="JSON file; a table and a plot are written beside it.")] = _RESULT,
 ) -> None:
     """Write what a training run measured in the form of the other results."""
     with one_line_errors():
@@ -70,6 +91,7 @@ def main(
         notes = " ".join(["Accepted length includes the bonus token; temperature 0.", *starts])
         ResultFile("training", output).write(rows, notes)
         output.with_suffix(".md").write_text(markdown(rows, notes))
+        plot(rows, output.with_suffix(".png"))
         report(f"wrote {output}")
 
 
