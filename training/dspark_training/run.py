@@ -207,12 +207,14 @@ def evaluate_drafter(
 
 def _facts(trainer: Trainer, samples: list[Sample], rows: list[dict[str, Any]]) -> dict[str, Any]:
     domains = Counter(s.domain for s in samples)
+    temperatures = Counter("unknown" if s.temperature is None else f"{s.temperature:g}" for s in samples)
     return {
         "target": Path(trainer.target.config._name_or_path).parent.name or "the target",
         "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
         "samples": len(samples),
         "answer_tokens": sum(s.supervised for s in samples),
         "domains": ", ".join(f"{n} {d}" for d, n in domains.most_common()),
+        "temperatures": ", ".join(f"{n} at {t}" for t, n in temperatures.most_common()),
         "steps": trainer.step,
         "tokens": trainer.tokens,
         "hours": trainer.seconds / 3600,

@@ -26,8 +26,8 @@ size and SHA-256 of every file (`dspark bundle verify`). Licence: {licence}; the
 
 ## How it was trained
 - Network: {num_layers} layers on the hidden states of target layers {layers}; {heads}.
-- Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); {greedy:.0%} decoded greedily,
-  the rest at temperature {temperature}.
+- Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); by temperature:
+  {temperatures}.
 - Start: {start}. Objective: {objective}.
 - {steps} optimizer steps, {tokens:,} target tokens run, {hours:.2f} hours of training on {machine}.
 
@@ -64,7 +64,7 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
             f"| {row['dataset']} | {row['requests']} | **{row['accepted_length']:.2f}** | "
             f"{row['prompt_lookup']:.2f} | {conditional} |"
         )
-    drafter, data = config.drafter, config.data
+    drafter = config.drafter
     given = {"confidence": ""} | {k: v for k, v in facts.items() if k != "evaluation"}
     return _CARD.format(
         name=_NAMES[config.algorithm],
@@ -76,8 +76,6 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
         objective=_objective(config),
         start=_start(config),
         licence=config.licence,
-        greedy=data.greedy_share,
-        temperature=data.temperature,
         table="\n".join(rows),
         **given,
     )
