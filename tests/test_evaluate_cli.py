@@ -73,7 +73,7 @@ def test_two_drafters_side_by_side(world: Path, tmp_path: Path) -> None:
     (pair,) = [r for r in rows if "difference" in r and (r["dataset"], r["temperature"]) == ("gsm8k", 0.0)]
     assert (pair["arm"], pair["compared_with"]) == ("good", "poor")
     assert pair["low"] > 0
-    assert {r["arm"] for r in rows if "ece" in r} == {"good"}
+    assert {r["arm"] for r in rows if "ece" in r} == {"good", "poor"}, "by its head, and by its distributions"
     assert "| gsm8k | 0 | good |" in (tmp_path / "out.md").read_text()
     assert (tmp_path / "out.png").is_file()
     assert (tmp_path / "out_good_t1_reliability.png").is_file()

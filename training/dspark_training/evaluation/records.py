@@ -32,7 +32,7 @@ class Record(BaseModel):
     answer_ids: list[int] = []
     accepted: list[int] = []  # drafts kept in each round; empty where only totals are known
     verified: list[int] = []  # drafts of each round in front of the answer's end
-    confidence: list[list[float]] = []  # [round][position]; empty without a confidence head
+    confidence: list[list[float]] = []  # [round][position]; empty without drafts
 
 
 class RecordFile:

@@ -27,7 +27,7 @@ class Decoded:
     answer_ids: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)  # drafts of each round that are in the answer, no bonus token
     verified: list[int] = field(default_factory=list)  # drafts of each round up to the answer's end
-    confidence: list[list[float]] = field(default_factory=list)  # [round][K]; empty without a confidence head
+    confidence: list[list[float]] = field(default_factory=list)  # [round][K]; empty without drafts
     seconds: float = 0.0  # the batch's time shared by its requests
 
 
