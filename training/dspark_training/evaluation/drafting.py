@@ -7,7 +7,8 @@ each: a block drafter keeps the features as keys and values (DFlash); a chain dr
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from dspark_training.models.backbone import BlockDrafter
 from dspark_training.models.eagle3 import Chain, Eagle3Drafter
 from dspark_training.models.layers import KeysValues
 from dspark_training.target import Target
+
+Network = TypeVar("Network", BlockDrafter, Eagle3Drafter)
 
 
 class DraftSession(Protocol):
@@ -75,8 +78,8 @@ class NoDrafter:
         pass
 
 
-class BlockProposer:
-    """A block drafter (DFlash, DSpark) over its draft vocabulary.
+class _Proposer(Generic[Network]):
+    """A drafter's network over its draft vocabulary.
 
     Args:
         model: the network, features as its target gives them (no scale).
@@ -87,20 +90,30 @@ class BlockProposer:
 
     def __init__(
         self,
-        model: BlockDrafter,
+        model: Network,
         target: Target,
         layer_ids: tuple[int, ...],
         ids_U: Tensor,
         survival_map: SurvivalMap | None = None,
     ) -> None:
-        self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
+        self.model: Network = model
+        self.target, self.layer_ids, self.ids_U = target, layer_ids, ids_U
         self.survival_map = survival_map
         self.head_UD = target.lm_head_weight_VD[ids_U].float()
-        self.markov_UR = None if model.markov_head is None else model.markov_head.markov_w2.weight[ids_U].float()
 
     @property
     def gamma(self) -> int:
         return self.model.dims.block_size
+
+
+class BlockProposer(_Proposer[BlockDrafter]):
+    """A block drafter (DFlash, DSpark)."""
+
+    @cached_property
+    def markov_UR(self) -> Tensor | None:
+        """Output rows of the Markov head for the draft vocabulary; None without such a head."""
+        head = self.model.markov_head
+        return None if head is None else head.markov_w2.weight[self.ids_U].float()
 
     def begin(self, batch: int) -> DraftSession:
         return _BlockSession(self, batch)
@@ -144,24 +157,8 @@ class _BlockSession:
                 slab.keep(rows)
 
 
-class ChainProposer:
-    """A chain drafter (EAGLE-3) over its draft vocabulary; arguments as for BlockProposer."""
-
-    def __init__(
-        self,
-        model: Eagle3Drafter,
-        target: Target,
-        layer_ids: tuple[int, ...],
-        ids_U: Tensor,
-        survival_map: SurvivalMap | None = None,
-    ) -> None:
-        self.model, self.target, self.layer_ids, self.ids_U = model, target, layer_ids, ids_U
-        self.survival_map = survival_map
-        self.head_UD = target.lm_head_weight_VD[ids_U].float()
-
-    @property
-    def gamma(self) -> int:
-        return self.model.dims.block_size
+class ChainProposer(_Proposer[Eagle3Drafter]):
+    """A chain drafter (EAGLE-3)."""
 
     def begin(self, batch: int) -> DraftSession:
         return _ChainSession(self, batch)
@@ -205,7 +202,7 @@ def proposer_of(
     ids_U: Tensor,
     survival_map: SurvivalMap | None = None,
 ) -> BlockProposer | ChainProposer:
-    """What drafts with a network; arguments as for BlockProposer."""
+    """What drafts with a network; arguments as for _Proposer."""
     if isinstance(model, Eagle3Drafter):
         return ChainProposer(model, target, layer_ids, ids_U, survival_map)
     return BlockProposer(model, target, layer_ids, ids_U, survival_map)
