@@ -42,6 +42,9 @@ def main(
     temperature: Annotated[str, typer.Option(help="A list.")] = "0",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each point and arm.")] = 2,
     prompts: Annotated[int, typer.Option(min=1, help="Of a run, at least; never fewer than the concurrency.")] = 4,
+    waves: Annotated[
+        int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
+    ] = 2,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer.")] = 64,
     bundles: Annotated[Path, typer.Option(help="Directory with a drafter of each family.")] = _BUNDLES,
     output: Annotated[Path, typer.Option(help="JSON file; a table and a plot are written beside it.")] = _RESULT,
@@ -57,7 +60,7 @@ def main(
             datasets=tuple(chosen("--datasets", datasets, DATASETS).values()),
             temperatures=tuple(numbers("--temperature", temperature)),
             loads=loads,
-            shape=Shape(prompts, max_tokens, ignore_eos=True),
+            shape=Shape(prompts, max_tokens, ignore_eos=True, waves=waves),
             repetitions=repetitions,
             baseline="off",
             candidate=None,

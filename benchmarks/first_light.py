@@ -41,6 +41,9 @@ def arms_of(target: Path, drafter: Path) -> dict[str, Arm]:
 
 def main(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each dataset.")] = 16,
+    waves: Annotated[
+        int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
+    ] = 2,
     concurrency: Annotated[str, typer.Option(help="Requests under way, a list.")] = "1,2,4,8",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each point.")] = 2,
     arms: Annotated[str, typer.Option(help="A list of: off, plain, dspark, static, ngram.")] = "off,plain,dspark,ngram",
@@ -62,7 +65,7 @@ def main(
             datasets=tuple(chosen("--datasets", datasets, DATASETS).values()),
             temperatures=(0.0,),
             loads=concurrencies(concurrency),
-            shape=Shape(prompts, max_tokens, ignore_eos=False),
+            shape=Shape(prompts, max_tokens, ignore_eos=False, waves=waves),
             repetitions=repetitions,
             baseline=BASELINE,
             candidate=None,

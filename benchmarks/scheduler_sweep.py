@@ -46,6 +46,9 @@ def main(
     temperature: Annotated[str, typer.Option(help="A list.")] = "0,1",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each point and arm.")] = 2,
     prompts: Annotated[int, typer.Option(min=1, help="Of a run, at least; never fewer than the concurrency.")] = 4,
+    waves: Annotated[
+        int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
+    ] = 2,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer.")] = 32,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further turn begins.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A drafter; by default the shipped one.")] = None,
@@ -64,7 +67,7 @@ def main(
             datasets=tuple(chosen("--datasets", datasets, DATASETS).values()),
             temperatures=tuple(numbers("--temperature", temperature)),
             loads=loads,
-            shape=Shape(prompts, max_tokens, ignore_eos=True),
+            shape=Shape(prompts, max_tokens, ignore_eos=True, waves=waves),
             repetitions=repetitions,
             baseline="off" if "off" in compared else None,
             candidate=CANDIDATE,

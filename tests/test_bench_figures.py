@@ -170,6 +170,29 @@ def test_verdict_of_a_winner_names_no_lost_point() -> None:
     assert "- off: 1.80-1.80 over 1 points (geometric mean 1.80); at x1: 1.80-1.80" in said
 
 
+def test_a_fair_verdict_picks_the_rival_by_the_other_repetitions() -> None:
+    speeds = {"off": (1.6, 0.8), "static": (0.8, 1.6), "scheduler": (1.2, 1.2)}  # each rival is lucky once
+    runs = [
+        one_by_one(arm, [2.0 / speed], repetition=repetition)
+        for arm, both in speeds.items()
+        for repetition, speed in enumerate(both)
+    ]
+    (comparison,) = compare("scheduler", ("off", "static"), by_point(SETTINGS, runs))
+    assert comparison.fair is not None
+    assert comparison.fair.value == pytest.approx(1.2 / 0.8), "the unlucky run of each"
+    assert comparison.ratio.value == pytest.approx(1.2 * (1 / 1.6 + 1 / 0.8) / 2)
+    said = verdict([comparison])
+    assert "1.50-1.50, median 1.50; below 0.97 at 0 of 1 points." in said
+
+
+def test_one_repetition_has_no_fair_verdict_and_a_steady_loser_loses_fairly_too() -> None:
+    runs = gains(off=1.0, static=0.5, scheduler=0.9)
+    _, said = judged(runs)
+    assert "below 0.97 at 1 of 1 points: gsm8k T=0 x1 0.90." in said
+    (comparison,) = compare("scheduler", ("off", "static"), by_point(SETTINGS, runs[:3]))
+    assert comparison.fair is None
+
+
 @pytest.mark.parametrize(
     ("gain", "complaint"),
     [(0.9, "Below 0.97 at 1 of 1 points (1 with the whole 95 % interval)"), (0.98, "surely behind")],

@@ -216,6 +216,21 @@ def test_a_run_has_no_fewer_requests_than_its_concurrency(tmp_path: Path) -> Non
     assert "--max-concurrency" not in at_a_rate
 
 
+def test_several_waves_of_requests_as_far_as_the_prompts_go(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(10)))
+    shape = Shape(4, 8, True, waves=3)
+
+    def requests(dataset: Dataset, concurrency: int) -> str:
+        asked = client_arguments(dataset, Load(concurrency), 0.0, shape, seed=0, scratch=tmp_path)
+        return option(asked, "--num-prompts")
+
+    assert [requests(Dataset("mine", path), c) for c in (1, 2, 5, 10)] == ["4", "6", "10", "10"]
+    assert requests(Dataset("random"), 10) == "30", "the client makes as many prompts as are asked for"
+    with pytest.raises(DataError, match="has 10 prompts"):
+        requests(Dataset("mine", path), 11)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

@@ -125,6 +125,12 @@ def test_a_heavier_request_is_verified_further() -> None:
     batch = this_batch(4, weight=[1, 1, 1, 3])
     lens_R = policy.admit(batch, policy.plan(batch), np.full((4, GAMMA), 0.6, dtype=np.float32))
     assert lens_R[3] > lens_R[0] == lens_R[1] == lens_R[2]
+    ordinary = this_batch(4)
+    heavier_later = ordinary._replace(weight_R=batch.weight_R)  # the floors are the very array seen to ask for nothing
+    for same in (ordinary, ordinary):
+        assert len(set(policy.admit(same, policy.plan(same), np.full((4, GAMMA), 0.6, dtype=np.float32)))) == 1
+    lens_R = policy.admit(heavier_later, policy.plan(heavier_later), np.full((4, GAMMA), 0.6, dtype=np.float32))
+    assert lens_R[3] > lens_R[0]
 
 
 def test_a_request_below_its_floor_is_raised() -> None:

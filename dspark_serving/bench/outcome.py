@@ -65,7 +65,8 @@ def describe(settings: Settings) -> str:
     sentences = [
         f"Target {settings.target}; client: sglang.benchmark.serving.",
         f"{settings.repetitions} repetitions, arms in turns, caches emptied before every run; at least {shape.prompts} "
-        f"prompts a run and never fewer than the concurrency, {shape.max_tokens} tokens an answer: {ending}.",
+        f"prompts a run and never fewer than {_times(shape.waves)}the concurrency, {shape.max_tokens} tokens an "
+        f"answer: {ending}.",
         "Intervals: 95 %, bootstrapped over repetitions and prompts, both arms with the same draws.",
     ]
     if settings.baseline is not None:
@@ -75,3 +76,7 @@ def describe(settings: Settings) -> str:
         named = [f"{name} {1000 * limit:g} ms" for name, limit in limits.items() if limit is not None]
         sentences.append(f"Goodput: share of requests within {' and '.join(named)}.")
     return " ".join(sentences)
+
+
+def _times(waves: int) -> str:
+    return "" if waves == 1 else f"{waves} times (as far as the prompts go) "

@@ -7,7 +7,7 @@ repetitions and the choice of prompts; with one repetition, the prompts only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,13 +63,18 @@ def user_speed(requests: Requests) -> np.ndarray:
     return np.asarray(np.median(requests.tokens_RP / requests.seconds_RP, axis=(-2, -1)))
 
 
+def speed(runs: Sequence[Run]) -> float:
+    """What arms are judged by, of the runs of one point together: see `speed_ratio`."""
+    return float(_statistic(runs)(requests_of(runs)))
+
+
 def speed_ratio(runs: Sequence[Run], others: Sequence[Run]) -> Ratio:
     """The speed of `runs` by that of `others`, which are of the same point and the same repetitions in the same order.
 
     Speed is throughput where the number of requests under way is fixed. Where their rate is, the rate fixes throughput
     too, and the users' speed tells arms apart.
     """
-    statistic = throughput if runs[0].key.point.load.concurrency is not None else user_speed
+    statistic = _statistic(runs)
     ours, theirs = requests_of(runs), requests_of(others)
     repetitions, prompts = ours.tokens_RP.shape
     rng = np.random.default_rng(0)
@@ -78,3 +83,7 @@ def speed_ratio(runs: Sequence[Run], others: Sequence[Run]) -> Ratio:
     ratios_S = statistic(ours.drawn(drawn_SR, drawn_SP)) / statistic(theirs.drawn(drawn_SR, drawn_SP))
     low, high = np.quantile(ratios_S, [0.025, 0.975])
     return Ratio(float(statistic(ours) / statistic(theirs)), float(low), float(high))
+
+
+def _statistic(runs: Sequence[Run]) -> Callable[[Requests], np.ndarray]:
+    return throughput if runs[0].key.point.load.concurrency is not None else user_speed

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_serving.bench.plan import Point
 from dspark_serving.bench.results import Row
 from dspark_serving.bench.runs import Run
-from dspark_serving.bench.statistics import Ratio, speed_ratio
+from dspark_serving.bench.statistics import Ratio, speed, speed_ratio
 
 FLOOR = 0.97
 """A point below this share of the best other arm counts as lost."""
@@ -22,6 +22,7 @@ class Comparison(NamedTuple):
     point: Point
     candidate: str
     ratios: dict[str, Ratio]  # by rival
+    fair: Ratio | None  # to the rival that the other repetitions show fastest, each repetition by itself
 
     @property
     def best_other(self) -> str:
@@ -30,7 +31,9 @@ class Comparison(NamedTuple):
 
     @property
     def ratio(self) -> Ratio:
-        """To the fastest rival, picked for being fastest in these very runs, which tells against the candidate."""
+        """To the fastest rival, picked for being fastest in these very runs, which tells against the candidate: the
+        best of several equal arms is the luckiest one. `fair` is free of that.
+        """
         return self.ratios[self.best_other]
 
     def row(self) -> Row:
@@ -40,6 +43,7 @@ class Comparison(NamedTuple):
             "ratio_to_best_other": self.ratio.value,
             "best_other_low": self.ratio.low,
             "best_other_high": self.ratio.high,
+            "ratio_to_best_by_other_repetitions": None if self.fair is None else self.fair.value,
         }
 
 
@@ -55,8 +59,23 @@ def compare(
             if ours:
                 ratios[rival] = speed_ratio(ours, theirs)
         if ratios:
-            comparisons.append(Comparison(point, candidate, ratios))
+            fair = _fair(arms[candidate], [arms[rival] for rival in ratios])
+            comparisons.append(Comparison(point, candidate, ratios, fair))
     return comparisons
+
+
+def _fair(runs: Sequence[Run], rivals: Sequence[Sequence[Run]]) -> Ratio | None:
+    """`runs`, each against the rival that is fastest in the other repetitions; None where there are no others."""
+    common = set.intersection(*({run.key.repetition for run in each} for each in (runs, *rivals)))
+    if len(common) < 2:
+        return None
+    ours = [run for run in runs if run.key.repetition in common]
+    theirs = []
+    for run in ours:
+        others = common - {run.key.repetition}
+        fastest = max(rivals, key=lambda rival: speed([r for r in rival if r.key.repetition in others]))
+        theirs += [rival_run for rival_run in fastest if rival_run.key.repetition == run.key.repetition]
+    return speed_ratio(ours, theirs)
 
 
 def paired(runs: Sequence[Run], others: Sequence[Run]) -> tuple[list[Run], list[Run]]:
@@ -80,6 +99,15 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         f"(median {np.median(ratios):.2f}, {len(ratios)} points). " + (count if lost else f"Nowhere below {FLOOR}."),
         *_listed(lost),
     ]
+    fair = [(c, c.fair) for c in comparisons if c.fair is not None]
+    if fair:
+        values = [ratio.value for _, ratio in fair]
+        lost_fairly = [f"{c.point} {ratio.value:.2f}" for c, ratio in fair if ratio.value < FLOOR]
+        lines.append(
+            f"Each repetition against the arm that is best in the others (without the luck of being picked for these "
+            f"runs): {_range(values)}, median {np.median(values):.2f}; below {FLOOR} at {len(lost_fairly)} of "
+            f"{len(fair)} points{': ' if lost_fairly else ''}{', '.join(lost_fairly)}."
+        )
     behind = [c for c in comparisons if c.ratio.high < 1 and c not in lost]
     if behind:
         lines += [f"At {FLOOR} or more, but surely behind (95 % interval below 1):", *_listed(behind)]

@@ -33,10 +33,20 @@ class Shape(NamedTuple):
     prompts: int  # at least; a run has no fewer than its concurrency, so that the load is what it says
     max_tokens: int
     ignore_eos: bool  # every answer has max_tokens tokens
+    waves: int = 1  # requests by concurrency, as far as a file of prompts goes
 
-    def requests(self, load: Load) -> int:
-        """Requests of one run."""
-        return max(self.prompts, load.concurrency or 0)
+    def requests(self, load: Load, available: int | None = None) -> int:
+        """Requests of one run.
+
+        Where all requests start at once, plain decoding ends them all at once, while speculation ends them one by one
+        and its last rounds are small: several waves make that tail a small part of a run.
+
+        Args:
+            available: prompts in the file; None where the client makes them.
+        """
+        concurrency = load.concurrency or 0
+        several = self.waves * concurrency
+        return max(self.prompts, concurrency, several if available is None else min(several, available))
 
 
 def client_arguments(
@@ -47,7 +57,9 @@ def client_arguments(
     Raises:
         DataError: the prompt file cannot be read or has too few prompts.
     """
-    requests, tokens = shape.requests(load), str(shape.max_tokens)
+    prompts = None if dataset.path is None else read_prompts(dataset.path)
+    requests = shape.requests(load, None if prompts is None else len(prompts))
+    tokens = str(shape.max_tokens)
     body = {"temperature": temperature, "ignore_eos": shape.ignore_eos, "stream_options": {"include_usage": True}}
     arguments = ["--backend", "sglang-oai-chat", "--num-prompts", str(requests), "--seed", str(seed)]
     arguments += ["--extra-request-body", json.dumps(body)]
@@ -55,8 +67,11 @@ def client_arguments(
         arguments += ["--max-concurrency", str(load.concurrency)]
     if load.request_rate is not None:
         arguments += ["--request-rate", str(load.request_rate)]
-    if dataset.path is not None:
-        path = _request_file(read_prompts(dataset.path, requests), scratch / f"{dataset.name}.jsonl")
+    if prompts is not None:
+        if len(prompts) < requests:
+            fix = "Ask for fewer prompts or a lower concurrency."
+            raise DataError(f"{dataset.path} has {len(prompts)} prompts", expected=f"{requests}", fix=fix)
+        path = _request_file(prompts[:requests], scratch / f"{dataset.name}.jsonl")
         arguments += ["--dataset-name", "openai", "--dataset-path", str(path)]
     else:
         arguments += ["--dataset-name", dataset.name, "--random-range-ratio", "1.0"]
@@ -66,25 +81,20 @@ def client_arguments(
     return arguments
 
 
-def read_prompts(path: Path, count: int) -> list[str]:
-    """The first `count` prompts of a JSONL file.
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a JSONL file.
 
     Raises:
-        DataError: it cannot be read, has fewer, or a line has no `prompt`.
+        DataError: it cannot be read, or a line has no `prompt`.
     """
     try:
-        lines = path.read_text().splitlines()
-        prompts = [str(json.loads(line)["prompt"]) for line in lines[:count]]
+        return [str(json.loads(line)["prompt"]) for line in path.read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no file of prompts ({type(error).__name__}: {error})",
             expected='JSON lines with the key "prompt"',
             fix="See benchmarks/prompts for examples.",
         ) from error
-    if len(prompts) < count:
-        fix = "Ask for fewer prompts or a lower concurrency."
-        raise DataError(f"{path} has {len(prompts)} prompts", expected=f"{count}", fix=fix)
-    return prompts
 
 
 def expected_seconds(load: Load, shape: Shape) -> float:

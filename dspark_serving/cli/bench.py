@@ -45,6 +45,9 @@ def bench(
     temperature: Annotated[str, typer.Option(help="A list.")] = "0",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each point and arm.")] = 3,
     prompts: Annotated[int, typer.Option(min=1, help="Of a run, at least; never fewer than the concurrency.")] = 16,
+    waves: Annotated[
+        int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
+    ] = 2,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer.")] = 128,
     stop_at_eos: Annotated[bool, typer.Option(help="Answers may end early; arms then do unequal work.")] = False,
     baseline: Annotated[str | None, typer.Option(help="Arm that ratios refer to; by default `off`.")] = None,
@@ -70,7 +73,7 @@ def bench(
             datasets=tuple(_dataset(text) for text in dataset),
             temperatures=tuple(numbers("--temperature", temperature)),
             loads=_loads(concurrency, request_rate),
-            shape=Shape(prompts, max_tokens, not stop_at_eos),
+            shape=Shape(prompts, max_tokens, not stop_at_eos, waves),
             repetitions=repetitions,
             baseline=baseline or ("off" if "off" in names else None),
             candidate=chosen if len(names) > 1 else None,

@@ -128,8 +128,7 @@ class AdaptivePolicy:
         seconds_N = self._draft_time.value * (
             self._cost.verify(requests, totals.total_N, context, sampled) + self._cost.draft(requests, sampled)
         )
-        floor_R = self._floors.of(batch)
-        weight_R = self._floors.weights(batch, floor_R)
+        floor_R, weight_R = self._floors.demands(batch)
         return Prospect(
             requests,
             self._expected_survivals(batch, whole=floor_R is not None or weight_R is not None),
@@ -157,9 +156,7 @@ class AdaptivePolicy:
         if plan.price <= 0.0 and plan.capacity >= requests * gamma:
             return np.full(requests, gamma + 1, dtype=np.int32)
         confidence_RG, _ = self._calibrated(batch, confidence_RG)
-        return admit(
-            values(confidence_RG, self._floors.weights(batch, self._floors.of(batch))), plan.price, plan.capacity
-        )
+        return admit(values(confidence_RG, self._floors.demands(batch).weight_R), plan.price, plan.capacity)
 
     def _calibrated(self, batch: Batch, confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
         calibrate = None if self._calibration is None else self._calibration.apply

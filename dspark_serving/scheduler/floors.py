@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from dspark_serving.scheduler.round import Batch
 
 _MOST = 8.0
 """The largest factor on a weight; a floor that cannot be met must not starve the others altogether."""
+
+
+class Demands(NamedTuple):
+    """What single requests are owed in a round."""
+
+    floor_R: np.ndarray | None  # tokens a second that each should get; None when none has a floor
+    weight_R: np.ndarray | None  # float32: what a token of each counts; None when all count 1
 
 
 class SpeedFloors:
@@ -20,18 +29,19 @@ class SpeedFloors:
         self._tokens = np.zeros(slots)
         self._seconds = np.zeros(slots)
         self._generation = np.full(slots, -1, dtype=np.int64)
+        # The arrays last seen to ask for nothing: a batch brings the same ones as long as it has the same members.
+        self._ordinary_weight_R: np.ndarray | None = None
+        self._ordinary_floor_R: np.ndarray | None = None
 
-    def of(self, batch: Batch) -> np.ndarray | None:
-        """Tokens a second that each request should get, [R]; None when no request has a floor."""
-        if self._everyone <= 0.0 and not np.count_nonzero(batch.floor_R):
-            return None
-        floor_R: np.ndarray = np.maximum(np.nan_to_num(batch.floor_R), self._everyone)
-        return floor_R
-
-    def weights(self, batch: Batch, floor_R: np.ndarray | None) -> np.ndarray | None:
-        """What a token of each request counts, given `of(batch)`, [R] float32; None when all count 1."""
-        if floor_R is None and not np.count_nonzero(batch.weight_R != 1.0):
-            return None
+    def demands(self, batch: Batch) -> Demands:
+        """What is asked for in this batch; nothing, as a rule."""
+        if batch.weight_R is self._ordinary_weight_R and batch.floor_R is self._ordinary_floor_R:
+            return Demands(None, None)
+        floors = self._everyone > 0.0 or np.count_nonzero(batch.floor_R) > 0
+        if not floors and not np.count_nonzero(batch.weight_R != 1.0):
+            self._ordinary_weight_R, self._ordinary_floor_R = batch.weight_R, batch.floor_R
+            return Demands(None, None)
+        floor_R = np.maximum(np.nan_to_num(batch.floor_R), self._everyone) if floors else None
         usable_R = np.isfinite(batch.weight_R) & (batch.weight_R > 0)
         weight_R = np.where(usable_R, batch.weight_R, 1.0)
         if floor_R is not None:
@@ -39,7 +49,7 @@ class SpeedFloors:
             known_R = (self._generation[slots_R] == batch.generations_R) & (self._tokens[slots_R] > 0)
             ratio_R = floor_R * self._seconds[slots_R] / np.where(known_R, self._tokens[slots_R], 1.0)
             weight_R = weight_R * np.where(known_R, np.clip(ratio_R, 1.0, _MOST), 1.0)
-        return weight_R.astype(np.float32)
+        return Demands(floor_R, weight_R.astype(np.float32))
 
     def observe(self, batch: Batch, tokens_R: np.ndarray, seconds: float) -> None:
         """Tokens that each request got in a round."""
