@@ -20,36 +20,45 @@ _HELD_OUT = "held-out training prompts"
 
 
 def rows_of(provenance: dict[str, Any]) -> list[Row]:
-    """The finished drafter on every evaluation set, then the held-out accepted length along the run."""
+    """The finished drafter on every evaluation set, then the held-out accepted length along its runs.
+
+    Tokens and hours count from the first run behind its weights; `run` is the number of the run, the last one its own.
+    """
     facts = provenance["facts"]
-    family = provenance["recipe"]["algorithm"]
-    spent = {"family": family, "tokens": facts["tokens"], "hours": facts["hours"]}
-    finished = [{**spent, **row} for row in facts["evaluation"]]
-    curve = [
-        {
-            "family": family,
-            "tokens": point["tokens"],
-            "hours": point["seconds"] / 3600,
-            "dataset": _HELD_OUT,
-            "temperature": 0.0,
-            "accepted_length": point["accepted_length"],
-            "conditional_acceptance": point["conditional_acceptance"],
-        }
-        for point in provenance["history"]
-    ]
-    return finished + curve
+    last = {"algorithm": provenance["recipe"]["algorithm"], "history": provenance["history"]}
+    tokens, hours = 0, 0.0
+    curve: list[Row] = []
+    runs = [*provenance["earlier"], last | {name: facts[name] for name in ("tokens", "hours")}]
+    for number, run in enumerate(runs, start=1):
+        curve += [
+            {
+                "family": last["algorithm"],
+                "run": number,
+                "run_family": run["algorithm"],
+                "tokens": tokens + point["tokens"],
+                "hours": hours + point["seconds"] / 3600,
+                "dataset": _HELD_OUT,
+                "temperature": 0.0,
+                "accepted_length": point["accepted_length"],
+                "conditional_acceptance": point["conditional_acceptance"],
+            }
+            for point in run["history"]
+        ]
+        tokens, hours = tokens + run["tokens"], hours + run["hours"]
+    spent = {"family": last["algorithm"], "run": len(runs), "tokens": tokens, "hours": hours}
+    return [{**spent, **row} for row in facts["evaluation"]] + curve
 
 
 def markdown(rows: list[Row], notes: str) -> str:
     """One line a row."""
     lines = [
-        "| family | dataset | target tokens run | hours | accepted length | prompt lookup |",
-        "|---|---|---|---|---|---|",
+        "| family | run | dataset | target tokens run | hours | accepted length | prompt lookup |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lookup = f"{row['prompt_lookup']:.2f}" if "prompt_lookup" in row else "-"
         lines.append(
-            f"| {row['family']} | {row['dataset']} | {row['tokens']:,} | {row['hours']:.2f} | "
+            f"| {row['family']} | {row['run']} | {row['dataset']} | {row['tokens']:,} | {row['hours']:.2f} | "
             f"{row['accepted_length']:.2f} | {lookup} |"
         )
     return f"# Training\n\n{notes}\n\n" + "\n".join(lines) + "\n"
@@ -67,7 +76,7 @@ def plot(rows: list[Row], path: Path) -> None:
     for axes, (column, label) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
         for family in dict.fromkeys(row["family"] for row in curve):
             points = [(row[column], row["accepted_length"]) for row in curve if row["family"] == family]
-            axes.plot(*zip(*points, strict=True), marker=".", label=family)
+            axes.plot(*zip(*points, strict=True), marker=".", markersize=4, label=family)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accepted length, held-out answers")
@@ -86,9 +95,16 @@ def main(
         for source in sorted(bundles.glob("*/training.json")):
             provenance = json.loads(source.read_text())
             rows += rows_of(provenance)
-            start = provenance["recipe"].get("warm_start")
-            starts.append(f"{source.parent.name} started from {start['path'] if start else 'new weights'}.")
-        notes = " ".join(["Accepted length includes the bonus token; temperature 0.", *starts])
+            runs = [f"{run['steps']} steps of {run['algorithm']}" for run in provenance["earlier"]]
+            before = f"after {' and '.join(runs)}" if runs else "new weights"
+            starts.append(f"{source.parent.name}: {before}, {provenance['facts']['steps']} steps.")
+        notes = " ".join(
+            [
+                "Accepted length includes the bonus token; temperature 0. Tokens and hours count from the first run "
+                "behind a drafter's weights; runs on other answers were judged on other held-out ones.",
+                *starts,
+            ]
+        )
         ResultFile("training", output).write(rows, notes)
         output.with_suffix(".md").write_text(markdown(rows, notes))
         plot(rows, output.with_suffix(".png"))

@@ -15,6 +15,7 @@ import torch
 
 from dspark_serving.errors import DataError
 from dspark_training.bundle.finish import finish_bundle
+from dspark_training.bundle.lineage import earlier_runs
 from dspark_training.config import RunConfig
 from dspark_training.data.answers import Progress, answer
 from dspark_training.data.conversation import Prompt
@@ -163,7 +164,7 @@ def evaluate_and_bundle(
         trainer.source,
         trainer.validation_samples,
         facts,
-        {**origin, "facts": facts, "history": trainer.history},
+        {**origin, "facts": facts, "history": trainer.history, "earlier": earlier_runs(config.warm_start)},
     )
     return rows
 

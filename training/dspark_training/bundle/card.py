@@ -8,6 +8,7 @@ from typing import Any
 from dspark_serving.drafters import DrafterSpec
 from dspark_serving.drafters.spec import Family
 from dspark_training.bundle.calibrate import FittedConfidence
+from dspark_training.bundle.lineage import told
 from dspark_training.config import RunConfig
 
 _NAMES: dict[str, str] = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle3"}
@@ -29,7 +30,7 @@ size and SHA-256 of every file (`dspark bundle verify`). Licence: {licence}; the
 - Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); by temperature:
   {temperatures}.
 - Start: {start}. Objective: {objective}.
-- {steps} optimizer steps, {tokens:,} target tokens run, {hours:.2f} hours of training on {machine}.
+- {steps} optimizer steps, {tokens:,} target tokens run, {hours:.2f} hours of training on {machine}.{earlier}
 
 ## Measured: accepted length, bonus token included, temperature 0
 {table}
@@ -50,11 +51,12 @@ Nothing was trained or measured here; its licence and figures are those of the o
 {confidence}"""
 
 
-def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
+def write_card(config: RunConfig, facts: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     """Fill the card of a trained drafter.
 
     Args:
         facts: the figures that the run measured (see run.py); `confidence` (of `quality_section`) may lack.
+        earlier: runs that the weights went through before (see lineage.py).
     """
     rows = ["| prompts | answers | drafter | prompt lookup | acceptance by position, given the one before |"]
     rows += ["|---|---|---|---|---|"]
@@ -75,6 +77,7 @@ def write_card(config: RunConfig, facts: dict[str, Any]) -> str:
         heads=_heads(config),
         objective=_objective(config),
         start=_start(config),
+        earlier=told(earlier),
         licence=config.licence,
         table="\n".join(rows),
         **given,

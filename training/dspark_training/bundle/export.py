@@ -20,6 +20,7 @@ from dspark_serving.scheduler import calibration as temperatures
 from dspark_serving.scheduler import survival_map as maps
 from dspark_serving.scheduler.calibration import Calibration
 from dspark_serving.scheduler.survival_map import SurvivalMap
+from dspark_training.bundle.lineage import PROVENANCE
 from dspark_training.bundle.manifest import check_drafter_files
 from dspark_training.bundle.network import describe_drafter, network_for
 from dspark_training.bundle.publish import replacing
@@ -64,7 +65,7 @@ def export_bundle(
     weights = {name: tensor.detach().clone() for name, tensor in drafter.state_dict().items()}
     weights["fc.weight"] = weights["fc.weight"] * scale_M
     spec = describe_drafter(drafter, target, shape.target_layer_ids, vocab, directory)
-    files = {"training.json": json.dumps(provenance, indent=2) + "\n", "README.md": card}
+    files = {PROVENANCE: json.dumps(provenance, indent=2) + "\n", "README.md": card}
     write_bundle(directory, spec, weights, files, confidence)
 
 

@@ -38,7 +38,7 @@ def finish_bundle(
         scale_M: feature scale of training, which `source` applies and the bundle's `fc` takes over.
         held_out: answers of the target that were not trained on; too few of them leave the drafter uncalibrated.
         facts: for the card, see `write_card`.
-        provenance: written to training.json.
+        provenance: written to training.json; `earlier` runs of the weights among it.
 
     Raises:
         CheckpointError, OptionError: see `export_bundle`.
@@ -54,7 +54,7 @@ def finish_bundle(
         config.drafter,
         vocab,
         scale_M,
-        write_card(config, facts),
+        write_card(config, facts, provenance["earlier"]),
         provenance,
         Confidence() if fitted is None else fitted.confidence,
     )

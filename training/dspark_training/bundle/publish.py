@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dspark_serving.errors import CheckpointError, OptionError
+from dspark_training.bundle.lineage import PROVENANCE
 from dspark_training.bundle.manifest import MANIFEST, write_manifest
 
 
@@ -51,7 +52,7 @@ def check_replaceable(directory: Path) -> None:
     """Raise OptionError when writing a bundle there would destroy something else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
-    if not any((directory / name).is_file() for name in (MANIFEST, "training.json")):
+    if not any((directory / name).is_file() for name in (MANIFEST, PROVENANCE)):
         raise OptionError(
             f"{directory} exists and holds no bundle of this package",
             expected="a new directory, an empty one, or a bundle to replace",
