@@ -29,6 +29,9 @@ _ROWS = 64
 """Requests' rounds by which a batch is judged, at least: one request is judged by its last 32, 64 requests by the last
 one of each, more of them by that of every second, third, ... in turn."""
 
+_FEW = 8
+"""Requests of a batch that is too small to be judged by the drafts which pay."""
+
 
 @dataclass
 class Incidents:
@@ -111,8 +114,9 @@ class AdaptivePolicy:
         if verdict == "probe" and not looking:
             self._history.forget()
             self._prior.doubt(8.0)
-        if verdict in ("warm-up", "probe"):  # what is learned from a draft is worth a little more than its tokens
-            return plan._replace(price=0.5 * plan.price, reason=verdict)
+        if verdict in ("warm-up", "probe"):  # what is learned from a draft is worth a little more than its tokens,
+            discount = 0.5 * min(_FEW / requests, 1.0)  # unless the batch teaches enough by those that pay anyway
+            return plan._replace(price=(1.0 - discount) * plan.price, reason=verdict)
         return plan
 
     def _plain(self, requests: int, context: int, sampled: int, reason: str) -> Plan:
