@@ -58,9 +58,12 @@ def test_sends_every_prompt_in_order_and_reads_the_answers(
     asked = [request["messages"][0]["content"] for request in server.requests]
     assert sorted(asked) == [f"question {i}" for i in range(5)]
     assert set(asked[:2]) == {"question 0", "question 1"}
+    lengths = Shape(5, 7, ignore_eos=True).lengths(5)
     for request in server.requests:
-        assert (request["temperature"], request["ignore_eos"], request["max_completion_tokens"]) == (1.0, True, 7)
-    assert [(s.text, s.output_tokens, len(s.gaps)) for s in answers.samples] == [("x" * 7, 7, 6)] * 5
+        number = int(request["messages"][0]["content"].split()[-1])
+        assert (request["temperature"], request["ignore_eos"]) == (1.0, True)
+        assert request["max_completion_tokens"] == lengths[number]
+    assert [(s.text, s.output_tokens, len(s.gaps)) for s in answers.samples] == [("x" * n, n, n - 1) for n in lengths]
     assert all(0 < s.ttft < s.latency < answers.seconds for s in answers.samples)
 
 

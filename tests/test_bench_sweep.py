@@ -231,6 +231,17 @@ def test_several_waves_of_requests_as_far_as_the_prompts_go(tmp_path: Path) -> N
         requests(Dataset("mine", path), 11)
 
 
+def test_answers_differ_in_length_evenly_and_for_all_arms_alike() -> None:
+    shape = Shape(4, 40, True)
+    for requests in (8, 32, 100):
+        lengths = shape.lengths(requests)
+        assert lengths == shape.lengths(requests)
+        assert (min(lengths) >= 20, max(lengths) <= 60) == (True, True)
+        assert sum(lengths) / requests == pytest.approx(40, rel=0.06)
+        assert len(set(lengths)) > min(requests, 40) / 2, "they do not end in step"
+    assert min(Shape(1, 1, True).lengths(20)) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

@@ -32,7 +32,7 @@ def test_warms_up_for_as_many_rounds_as_a_judgement_needs() -> None:
 
 def test_between_stop_and_start_it_stays_as_it_is() -> None:
     drafting = DraftGate()
-    assert {step(drafting, 1.01) for _ in range(20)} == {"warm-up", "draft"}
+    assert {step(drafting, 1.01) for _ in range(20)} == {"warm-up", "draft", "plain-probe"}
     # 1.01 is enough to go on but not to start again, even when a look is due or the load jumps.
     gate = resting()
     assert {step(gate, 1.01) for _ in range(60)} == {"off"}
@@ -88,6 +88,15 @@ def test_a_look_whose_outcome_never_comes_is_given_up() -> None:
     assert gate.decide(0.5, 64, 1000) == "off"
 
 
+def test_plain_decoding_is_tried_soon_at_each_load_and_then_more_rarely() -> None:
+    gate = DraftGate()
+    for requests in (64, 8):
+        tries = [i for i in range(600) if step(gate, 1.5, requests) == "plain-probe"]
+        assert tries[0] <= 10
+        assert [b - a for a, b in pairwise(tries)] == [16, 32, 64, 128, 256]
+    assert "plain-probe" not in {step(gate, 2.5, 32) for _ in range(600)}, "a clear gain needs no proof"
+
+
 def test_slow_ratio_starts_at_one_and_forgets() -> None:
     ratio = SlowRatio(strength=16.0, memory=100.0)
     assert ratio.value == 1.0
@@ -102,7 +111,31 @@ def test_slow_ratio_starts_at_one_and_forgets() -> None:
 def test_one_hiccup_does_not_move_the_time_bias_far() -> None:
     bias = TimeBias()
     for _ in range(100):
-        bias.observe(1.2, 1.0)
-    assert bias.value == pytest.approx(1.2, rel=0.01)
-    bias.observe(100.0, 1.0)
-    assert bias.value < 1.25
+        bias.observe(3, 1.2, 1.0)
+    assert bias.value(3) == pytest.approx(1.2, rel=0.01)
+    bias.observe(3, 100.0, 1.0)
+    assert bias.value(3) < 1.25
+
+
+def test_the_time_bias_of_a_new_load_starts_from_the_last_one_seen_and_parts_from_it() -> None:
+    bias = TimeBias()
+    for _ in range(50):
+        bias.observe(0, 2.0, 1.0)
+    assert bias.value(4) == bias.value(0) == pytest.approx(2.0, rel=0.03)
+    for _ in range(50):
+        bias.observe(4, 1.0, 1.0)
+    assert bias.value(4) == pytest.approx(1.0, rel=0.03)
+    assert bias.value(0) == pytest.approx(2.0, rel=0.03)
+
+
+def test_a_sample_after_a_long_time_of_the_other_way_counts_more() -> None:
+    fresh, doubted = TimeBias(), TimeBias()
+    for bias in (fresh, doubted):
+        for _ in range(200):
+            bias.observe(2, 1.0, 1.0)
+    for _ in range(200):
+        doubted.doubt(2)
+    for bias in (fresh, doubted):
+        bias.observe(2, 1.25, 1.0)
+    assert fresh.value(2) < 1.02
+    assert doubted.value(2) > 1.06

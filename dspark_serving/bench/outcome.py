@@ -58,7 +58,7 @@ def describe(settings: Settings) -> str:
     """What was measured and how, in sentences."""
     shape = settings.shape
     ending = (
-        "every answer has exactly that many (ignore_eos), so that all arms do equal work"
+        "none ends earlier (ignore_eos), so that all arms do equal work"
         if shape.ignore_eos
         else "an answer may end earlier, so arms may do unequal work where they sample"
     )
@@ -66,7 +66,7 @@ def describe(settings: Settings) -> str:
         f"Target {settings.target}; client: sglang.benchmark.serving.",
         f"{settings.repetitions} repetitions, arms in turns, caches emptied before every run; at least {shape.prompts} "
         f"prompts a run and never fewer than {_times(shape.waves)}the concurrency, {shape.max_tokens} tokens an "
-        f"answer: {ending}.",
+        f"answer in the mean (prompts of a file: from half to one and a half times that): {ending}.",
         "Intervals: 95 %, bootstrapped over repetitions and prompts, both arms with the same draws.",
     ]
     if settings.baseline is not None:

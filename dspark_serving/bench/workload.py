@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from dspark_serving.errors import DataError
 
+_GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, modulo 1, are spread evenly from the first few on."""
+
 
 class Dataset(NamedTuple):
     """Prompts of a JSONL file (a `prompt` a line), or a dataset of SGLang's client."""
@@ -31,8 +34,8 @@ class Shape(NamedTuple):
     """How many requests of which length a run has."""
 
     prompts: int  # at least; a run has no fewer than its concurrency, so that the load is what it says
-    max_tokens: int
-    ignore_eos: bool  # every answer has max_tokens tokens
+    max_tokens: int  # of an answer to a prompt of a file in the mean, see `lengths`
+    ignore_eos: bool  # no answer ends earlier
     waves: int = 1  # requests by concurrency, as far as a file of prompts goes
 
     def requests(self, load: Load, available: int | None = None) -> int:
@@ -48,6 +51,14 @@ class Shape(NamedTuple):
         several = self.waves * concurrency
         return max(self.prompts, concurrency, several if available is None else min(several, available))
 
+    def lengths(self, requests: int) -> list[int]:
+        """Tokens of each answer, spread evenly from a half to one and a half times `max_tokens`.
+
+        Answers of one length would start and end in step where nothing speculates, and be prefilled together ever
+        after: a gain for plain decoding that no real load gives it.
+        """
+        return [max(round(self.max_tokens * (0.5 + (0.5 + number * _GOLDEN) % 1.0)), 1) for number in range(requests)]
+
 
 def client_arguments(
     dataset: Dataset, load: Load, temperature: float, shape: Shape, *, seed: int, scratch: Path
@@ -59,7 +70,6 @@ def client_arguments(
     """
     prompts = None if dataset.path is None else read_prompts(dataset.path)
     requests = shape.requests(load, None if prompts is None else len(prompts))
-    tokens = str(shape.max_tokens)
     body = {"temperature": temperature, "ignore_eos": shape.ignore_eos, "stream_options": {"include_usage": True}}
     arguments = ["--backend", "sglang-oai-chat", "--num-prompts", str(requests), "--seed", str(seed)]
     arguments += ["--extra-request-body", json.dumps(body)]
@@ -71,13 +81,12 @@ def client_arguments(
         if len(prompts) < requests:
             fix = "Ask for fewer prompts or a lower concurrency."
             raise DataError(f"{dataset.path} has {len(prompts)} prompts", expected=f"{requests}", fix=fix)
-        path = _request_file(prompts[:requests], scratch / f"{dataset.name}.jsonl")
-        arguments += ["--dataset-name", "openai", "--dataset-path", str(path)]
-    else:
-        arguments += ["--dataset-name", dataset.name, "--random-range-ratio", "1.0"]
+        path = _request_file(prompts[:requests], shape.lengths(requests), scratch / f"{dataset.name}.jsonl")
+        return [*arguments, "--dataset-name", "openai", "--dataset-path", str(path)]
+    arguments += ["--dataset-name", dataset.name, "--random-range-ratio", "1.0"]
     # Each dataset of the client has its own name for the length of an answer.
     for flag in ("--sharegpt-output-len", "--random-output-len", "--gsp-output-len", "--speed-bench-output-len"):
-        arguments += [flag, tokens]
+        arguments += [flag, str(shape.max_tokens)]
     return arguments
 
 
@@ -107,8 +116,11 @@ def expected_seconds(load: Load, shape: Shape) -> float:
     return overhead + requests * prefill + waves * shape.max_tokens * (base + slope * load.concurrency)
 
 
-def _request_file(prompts: list[str], path: Path) -> Path:
+def _request_file(prompts: list[str], lengths: list[int], path: Path) -> Path:
     """The prompts in the form that the client sends unchanged and in this order (its `custom` form shuffles them)."""
-    lines = [json.dumps({"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts]
-    path.write_text("".join(line + "\n" for line in lines))
+    rows = [
+        {"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+        for prompt, tokens in zip(prompts, lengths, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -18,7 +18,7 @@ import numpy as np
 from dspark_serving.scheduler.admission import Totals, admit, candidate_totals, values
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.floors import SpeedFloors
-from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias
+from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias, regime
 from dspark_serving.scheduler.outlook import Prospect, weigh
 from dspark_serving.scheduler.round import Batch, Outcome, Plan
 from dspark_serving.scheduler.survival import AcceptancePrior, HostHistory, Recalibration, calibrated
@@ -106,7 +106,7 @@ class AdaptivePolicy:
         if self._gate.rests(requests, context, newcomers):
             return self._plain(requests, context, batch.sampled, "off")
         outlook = weigh(self._prospect(batch, context))
-        verdict = self._gate.decide(outlook.advantage, requests, context)
+        verdict = self._gate.decide(outlook.advantage, requests, context, batch.sampled)
         if verdict in ("off", "plain-probe"):
             return self._plain(requests, context, batch.sampled, "off" if verdict == "off" else "probe")
         plan = Plan(True, outlook.price, outlook.capacity, outlook.reason, outlook.tokens, outlook.seconds)
@@ -120,7 +120,7 @@ class AdaptivePolicy:
         return plan
 
     def _plain(self, requests: int, context: int, sampled: int, reason: str) -> Plan:
-        seconds = self._plain_time.value * self._cost.plain(requests, context, sampled)
+        seconds = self._plain_time.value(regime(requests, sampled)) * self._cost.plain(requests, context, sampled)
         return Plan(False, 0.0, 0, reason, float(requests), seconds)
 
     def _prospect(self, batch: Batch, context: int) -> Prospect:
@@ -129,7 +129,8 @@ class AdaptivePolicy:
         totals = self._totals.get(requests)
         if totals is None:
             totals = self._totals[requests] = candidate_totals(requests, self._gamma, self._cost.tiers)
-        seconds_N = self._draft_time.value * (
+        load = regime(requests, sampled)
+        seconds_N = self._draft_time.value(load) * (
             self._cost.verify(requests, totals.total_N, context, sampled) + self._cost.draft(requests, sampled)
         )
         floor_R, weight_R = self._floors.demands(batch)
@@ -141,7 +142,7 @@ class AdaptivePolicy:
             self.realism(sampled=2 * sampled > requests),
             totals,
             seconds_N,
-            self._plain_time.value * self._cost.plain(requests, context, sampled),
+            self._plain_time.value(load) * self._cost.plain(requests, context, sampled),
             self._cost.tiers is not None,
         )
 
@@ -213,8 +214,10 @@ class AdaptivePolicy:
         tokens = int(outcome.verify_lens_R.sum())
         self._cost.observe(requests, tokens, context, draft_seconds, seconds, drafted, sampled)
         if self._cost.known:  # against the refined model: what it learns by itself needs no second correction
-            bias = self._draft_time if drafted else self._plain_time
-            bias.observe(seconds, self._cost.seconds(requests, tokens, context, drafted, sampled))
+            load = regime(requests, sampled)
+            bias, other = (self._draft_time, self._plain_time) if drafted else (self._plain_time, self._draft_time)
+            bias.observe(load, seconds, self._cost.seconds(requests, tokens, context, drafted, sampled))
+            other.doubt(load)
         self._floors.observe(batch, outcome.accepted_R + 1, seconds)
 
     def _reject(self, what: str) -> None:

@@ -6,11 +6,25 @@ import math
 from enum import Enum
 from typing import Literal
 
+import numpy as np
+
 Verdict = Literal["draft", "off", "warm-up", "probe", "plain-probe"]
 
 
+_FIRST_PLAIN = 8
+"""Drafting rounds at a new load before the first plain one."""
 _SPREAD = 0.6
 """Relative uncertainty of the advantage after a single round of a single request, with some reserve."""
+
+
+_OCTAVES = 9
+REGIMES = 2 * _OCTAVES
+"""Loads that are told apart: 1, 2, 4, ..., 256 requests, most of them greedy or most of them sampled."""
+
+
+def regime(requests: int, sampled: int) -> int:
+    """Number of the load, below `REGIMES`."""
+    return min(round(math.log2(requests)), _OCTAVES - 1) + (_OCTAVES if 2 * sampled > requests else 0)
 
 
 class _State(Enum):
@@ -26,7 +40,8 @@ class DraftGate:
     The advantage it is told is (tokens a second with drafts) / (without), as predicted from earlier rounds. Drafting
     stops below 1 and starts again above 1 + margin. While it rests it looks every `interval` rounds, twice as rarely
     after each look that was in vain; when the load jumps or requests have come, the prediction alone may start it.
-    While it drafts at a small advantage, a single plain round, rarer each time, keeps the other prediction honest.
+    While it drafts at a small advantage, a single plain round, soon after a load is new and rarer each time, keeps the
+    other prediction honest.
     """
 
     def __init__(self, *, margin: float = 0.02, interval: int = 64, longest: int = 1024, evidence: int = 64) -> None:
@@ -43,8 +58,8 @@ class DraftGate:
         self._load_now = self._load
         self._look_due = self._jumped = False  # as of this round
         self._by_prediction = False  # drafting was started without a look
-        self._until_plain = interval // 2
-        self._plain_interval = interval
+        self._until_plain_M = np.full(REGIMES, _FIRST_PLAIN)  # drafting rounds until the next plain one, by load
+        self._plain_interval_M = np.full(REGIMES, _FIRST_PLAIN)
 
     @property
     def resting(self) -> bool:
@@ -75,17 +90,17 @@ class DraftGate:
         self._jumped |= abs(newcomers - self._load[2]) >= max(requests / 4, 1)
         return not (self._look_due or self._jumped)
 
-    def decide(self, advantage: float, requests: int, context: int) -> Verdict:
-        """What to do in this round."""
+    def decide(self, advantage: float, requests: int, context: int, sampled: int = 0) -> Verdict:
+        """What to do in this round; `sampled` requests are not greedy."""
         match self._state:
             case _State.WARMING:
                 if not self._judges(requests):
                     return "warm-up"
                 self._enter(_State.DRAFTING)
                 self._drafted = 16  # the evidence is there already
-                return self._while_drafting(advantage, requests, context)
+                return self._while_drafting(advantage, requests, context, sampled)
             case _State.DRAFTING:
-                return self._while_drafting(advantage, requests, context)
+                return self._while_drafting(advantage, requests, context, sampled)
             case _State.RESTING:
                 return self._while_resting(advantage)
             case _State.LOOKING:
@@ -95,7 +110,7 @@ class DraftGate:
         """A round's outcome has become known."""
         self._drafted += drafted
 
-    def _while_drafting(self, advantage: float, requests: int, context: int) -> Verdict:
+    def _while_drafting(self, advantage: float, requests: int, context: int, sampled: int) -> Verdict:
         if advantage * (1.0 + self._doubt(requests)) < 1.0:
             if self._by_prediction and self._drafted < 32:
                 self._jump_margin = min(2 * self._jump_margin, 0.5)  # a wrong start: the next one must be clearer
@@ -103,10 +118,11 @@ class DraftGate:
             return "off"
         if self._drafted >= self._shortest:
             self._jump_margin = self._margin
-        self._until_plain -= 1
-        if self._until_plain <= 0:
-            self._plain_interval = min(2 * self._plain_interval, 4 * self._longest)
-            self._until_plain = self._plain_interval
+        load = regime(requests, sampled)
+        self._until_plain_M[load] -= 1
+        if self._until_plain_M[load] <= 0:
+            self._plain_interval_M[load] = min(2 * self._plain_interval_M[load], 4 * self._longest)
+            self._until_plain_M[load] = self._plain_interval_M[load]
             if advantage < 2.0:
                 return "plain-probe"
         return "draft"
@@ -178,20 +194,35 @@ class SlowRatio:
 
 
 class TimeBias:
-    """Measured over predicted seconds: the mean logarithm, of clipped samples, so that no hiccup moves it far."""
+    """Measured over predicted seconds of one way of decoding, by load (see `regime`).
+
+    The mean logarithm, of clipped samples, so that no hiccup moves it far. A load that was not met yet has the bias
+    that was seen last.
+    """
 
     def __init__(self, *, clip: float = 0.7, slowest: float = 1 / 32) -> None:
         self._clip, self._slowest = clip, slowest
-        self._log = 0.0
-        self._seen = 0
+        self._log_M = np.zeros(REGIMES)
+        self._seen_M = np.zeros(REGIMES)
+        self._met_M = np.zeros(REGIMES, dtype=bool)
+        self._last = 0.0
 
-    @property
-    def value(self) -> float:
+    def value(self, load: int) -> float:
         """The factor that predictions should have had."""
-        return math.exp(self._log)
+        return math.exp(self._log(load))
 
-    def observe(self, measured: float, predicted: float) -> None:
+    def observe(self, load: int, measured: float, predicted: float) -> None:
         """Add a round; both > 0."""
-        self._seen += 1
-        error = math.log(measured / predicted) - self._log
-        self._log += max(1.0 / (self._seen + 3), self._slowest) * min(max(error, -self._clip), self._clip)
+        error = math.log(measured / predicted) - self._log(load)
+        weight = max(1.0 / (float(self._seen_M[load]) + 3.0), self._slowest)
+        self._last = self._log(load) + weight * min(max(error, -self._clip), self._clip)
+        self._log_M[load] = self._last
+        self._met_M[load] = True
+        self._seen_M[load] += 1.0
+
+    def doubt(self, load: int) -> None:
+        """A round was decoded the other way: the older what was seen here, the more the next sample counts."""
+        self._seen_M[load] *= 1.0 - self._slowest
+
+    def _log(self, load: int) -> float:
+        return float(self._log_M[load]) if self._met_M[load] else self._last
