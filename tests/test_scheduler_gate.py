@@ -44,8 +44,8 @@ def test_looks_more_rarely_each_time_and_never_gives_up() -> None:
     gate = resting()
     looks = [i for i in range(6000) if step(gate, 0.5) == "probe"]
     gaps = [b - a for a, b in pairwise(looks)]
-    assert gaps[:4] == [129, 257, 513, 1025]  # one round goes to the verdict on the look before
-    assert set(gaps[4:]) == {1025}
+    assert gaps[:3] == [129, 257, 513]  # one round goes to the verdict on the look before
+    assert set(gaps[3:]) == {513}
 
 
 def test_newcomers_bring_the_next_look_forward() -> None:
@@ -55,6 +55,16 @@ def test_newcomers_bring_the_next_look_forward() -> None:
     step(gate, 0.5)  # in vain: the next look would come after 128 rounds
     verdicts = [step(gate, 0.5, newcomers=64) for _ in range(64)]
     assert verdicts.index("probe") == 63
+
+
+def test_a_look_waits_for_a_round_without_new_requests_but_not_for_ever() -> None:
+    gate = resting()
+    for _ in range(63):
+        step(gate, 0.5, newcomers=40)
+    assert [step(gate, 0.5, newcomers=n) for n in (41, 42, 42)] == ["off", "off", "probe"]
+    gate = resting()
+    verdicts = [step(gate, 0.5, newcomers=40 + i) for i in range(120)]
+    assert 64 <= verdicts.index("probe") <= 80
 
 
 def test_a_promising_look_goes_on_until_it_is_sure() -> None:
@@ -119,10 +129,10 @@ def test_one_hiccup_does_not_move_the_time_bias_far() -> None:
 
 def test_the_time_bias_of_a_new_load_starts_from_the_last_one_seen_and_parts_from_it() -> None:
     bias = TimeBias()
-    for _ in range(50):
+    for _ in range(150):
         bias.observe(0, 2.0, 1.0)
     assert bias.value(4) == bias.value(0) == pytest.approx(2.0, rel=0.03)
-    for _ in range(50):
+    for _ in range(150):
         bias.observe(4, 1.0, 1.0)
     assert bias.value(4) == pytest.approx(1.0, rel=0.03)
     assert bias.value(0) == pytest.approx(2.0, rel=0.03)

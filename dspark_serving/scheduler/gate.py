@@ -13,6 +13,8 @@ Verdict = Literal["draft", "off", "warm-up", "probe", "plain-probe"]
 
 _FIRST_PLAIN = 8
 """Drafting rounds at a new load before the first plain one."""
+_PATIENCE = 16
+"""Rounds for which a look waits for one without new requests."""
 _SPREAD = 0.6
 """Relative uncertainty of the advantage after a single round of a single request, with some reserve."""
 
@@ -44,7 +46,7 @@ class DraftGate:
     other prediction honest.
     """
 
-    def __init__(self, *, margin: float = 0.02, interval: int = 64, longest: int = 1024, evidence: int = 64) -> None:
+    def __init__(self, *, margin: float = 0.02, interval: int = 64, longest: int = 512, evidence: int = 64) -> None:
         """`evidence` is the number of requests' rounds (of at most 16 rounds) that a judgement needs."""
         self._margin = margin
         self._shortest, self._longest = interval, longest
@@ -52,6 +54,7 @@ class DraftGate:
         self._state = _State.WARMING
         self._drafted = 0  # observed drafting rounds in this state
         self._rested = 0  # rounds since the last look
+        self._waited = 0  # rounds by which the next one was put off
         self._interval = interval
         self._jump_margin = margin
         self._load = (0, 0, 0)  # requests, context and newcomers at the last judgement against drafting
@@ -85,6 +88,9 @@ class DraftGate:
             return False
         self._rested += 1
         self._look_due = self._rested >= (self._shortest if 2 * newcomers >= requests else self._interval)
+        if self._look_due and newcomers > self._load_now[2] and self._waited < _PATIENCE:
+            self._waited += 1  # new requests: behind their prefill, a look would not tell how long a round takes
+            self._look_due = False
         self._load_now = (requests, context, newcomers)
         self._jumped = _differs(requests, self._load[0]) or _differs(context, self._load[1])
         self._jumped |= abs(newcomers - self._load[2]) >= max(requests / 4, 1)
@@ -164,7 +170,7 @@ class DraftGate:
 
     def _enter(self, state: _State) -> None:
         self._state = state
-        self._drafted = self._rested = 0
+        self._drafted = self._rested = self._waited = 0
         self._by_prediction = False
 
 
@@ -200,7 +206,7 @@ class TimeBias:
     that was seen last.
     """
 
-    def __init__(self, *, clip: float = 0.7, slowest: float = 1 / 32) -> None:
+    def __init__(self, *, clip: float = 0.4, slowest: float = 1 / 32) -> None:
         self._clip, self._slowest = clip, slowest
         self._log_M = np.zeros(REGIMES)
         self._seen_M = np.zeros(REGIMES)

@@ -67,7 +67,7 @@ class OraclePolicy:
             tokens_N = requests + gain_ME[np.arange(samples), admitted_NM].mean(axis=1)
             each_NM = machine.verify(requests, requests + admitted_NM.ravel(), context).reshape(admitted_NM.shape)
             seconds_N = draft + each_NM.mean(axis=1)
-        rate_N = tokens_N / seconds_N
+        rate_N = tokens_N / (seconds_N * simulation.drafting)
         best = int(rate_N.argmax())
         if rate_N[best] <= requests / machine.plain(requests, context):
             return Plan(False, 0.0, 0, "off", float(requests), machine.plain(requests, context))

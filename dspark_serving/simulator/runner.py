@@ -97,6 +97,11 @@ class Simulation:
         busy = self.world.busy(self.progress)
         return self.world.machine if busy == 1.0 else replace(self.world.machine, busy=busy)
 
+    @property
+    def drafting(self) -> float:
+        """How many times as long drafting rounds take now as the machine says."""
+        return self.world.drafting(self.progress)
+
     def batch(self) -> Batch:
         """The running requests."""
         slots_R = self._slots_R
@@ -138,6 +143,7 @@ class Simulation:
             lucky_RG = self._luck_SL[batch.slots_R[:, None], columns_RG] < conditional_RG
             accepted_R = np.cumprod(lucky_RG & verified_RG, axis=1).sum(axis=1).astype(np.int32)
             total = int(lens_R.sum())
+            slower *= self.drafting
             draft = slower * self.machine.draft(requests)
             rest = slower * float(self.machine.verify(requests, np.array([total]), context)[0])
         else:

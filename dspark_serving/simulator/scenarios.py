@@ -82,6 +82,9 @@ SCENARIOS: tuple[World, ...] = (
     _moving(_gpu("gpu-busy-machine", 64, MATH), busy=square(1.0, 2.5, 3)),
     _moving(_cpu("cpu-busy-machine", 8, MATH), busy=there_and_back(1.0, 3.0)),
     _moving(_cpu("cpu-slow-machine", 8, CHAT), slower=square(1.0, 2.0, 2)),
+    # What the start-up profile did not tell: for half of the time, drafting rounds are dearer and plain ones are not.
+    _moving(_cpu("cpu-dear-drafting", 4, CHAT), drafting=square(1.0, 1.6, 2)),
+    _moving(_gpu("gpu-dear-drafting", 64, CHAT), drafting=square(1.0, 1.6, 2)),
     _moving(_gpu("gpu-overconfident", 96, CHAT), confidence_scale=still(1.5), confidence_shift=still(0.8)),
     _moving(_cpu("cpu-overconfident", 8, CHAT), confidence_scale=still(1.5), confidence_shift=still(0.8)),
     _moving(_gpu("gpu-calibration-drift", 128, CHAT), confidence_scale=ramp(1.0, 2.0), confidence_shift=ramp(0.0, 1.5)),

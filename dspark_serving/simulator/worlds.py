@@ -107,6 +107,7 @@ class World:
     easier: Moving = NOTHING  # added to every survival logit
     busy: Moving = UNCHANGED  # factor on the machine's computing
     slower: Moving = UNCHANGED  # factor on all times
+    drafting: Moving = UNCHANGED  # factor on the times of drafting rounds alone
     confidence_scale: Moving = UNCHANGED  # the head's logit is scale * truth + shift
     confidence_shift: Moving = NOTHING
     noise: float = 0.03  # of measured times, log-normal
