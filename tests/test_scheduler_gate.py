@@ -48,23 +48,27 @@ def test_looks_more_rarely_each_time_and_never_gives_up() -> None:
     assert set(gaps[3:]) == {513}
 
 
-def test_newcomers_bring_the_next_look_forward() -> None:
+def test_newcomers_bring_the_next_look_forward_less_each_time_it_is_in_vain() -> None:
     gate = resting()
-    while step(gate, 0.5) != "probe":
+    verdicts = [step(gate, 0.5, newcomers=64) for _ in range(400)]
+    looks = [i for i, verdict in enumerate(verdicts) if verdict == "probe"]
+    assert looks[0] == 15
+    assert [b - a for a, b in pairwise(looks)] == [33, 65, 65, 65, 65, 65]  # one round goes to the verdict
+    while step(gate, 1.5, newcomers=64) != "draft":
         pass
-    step(gate, 0.5)  # in vain: the next look would come after 128 rounds
-    verdicts = [step(gate, 0.5, newcomers=64) for _ in range(64)]
-    assert verdicts.index("probe") == 63
+    while step(gate, 0.5) != "off":
+        pass
+    assert [step(gate, 0.5, newcomers=64) for _ in range(16)].index("probe") == 15, "a success makes them early again"
 
 
 def test_a_look_waits_for_a_round_without_new_requests_but_not_for_ever() -> None:
     gate = resting()
-    for _ in range(63):
+    for _ in range(15):
         step(gate, 0.5, newcomers=40)
     assert [step(gate, 0.5, newcomers=n) for n in (41, 42, 42)] == ["off", "off", "probe"]
     gate = resting()
     verdicts = [step(gate, 0.5, newcomers=40 + i) for i in range(120)]
-    assert 64 <= verdicts.index("probe") <= 80
+    assert 16 <= verdicts.index("probe") <= 32
 
 
 def test_a_promising_look_goes_on_until_it_is_sure() -> None:

@@ -56,6 +56,7 @@ class DraftGate:
         self._rested = 0  # rounds since the last look
         self._waited = 0  # rounds by which the next one was put off
         self._interval = interval
+        self._newcomers_interval = interval // 4
         self._jump_margin = margin
         self._load = (0, 0, 0)  # requests, context and newcomers at the last judgement against drafting
         self._load_now = self._load
@@ -78,8 +79,8 @@ class DraftGate:
         """Whether this round is plain without weighing anything; False: `decide` must be asked.
 
         Args:
-            newcomers: requests that nothing was drafted for yet; when they are half of the batch, the next look is
-                not put off.
+            newcomers: requests that nothing was drafted for yet; when they are half of the batch, what earlier ones
+                were like says little, and the next look comes early.
         """
         if self._state is _State.LOOKING:
             self._rested += 1
@@ -87,7 +88,7 @@ class DraftGate:
         if self._state is not _State.RESTING:
             return False
         self._rested += 1
-        self._look_due = self._rested >= (self._shortest if 2 * newcomers >= requests else self._interval)
+        self._look_due = self._rested >= (self._newcomers_interval if 2 * newcomers >= requests else self._interval)
         if self._look_due and newcomers > self._load_now[2] and self._waited < _PATIENCE:
             self._waited += 1  # new requests: behind their prefill, a look would not tell how long a round takes
             self._look_due = False
@@ -148,6 +149,7 @@ class DraftGate:
         if advantage <= 1.0 + self._margin:
             if self._drafted <= 1:
                 self._interval = min(2 * self._interval, self._longest)
+                self._newcomers_interval = min(2 * self._newcomers_interval, self._shortest)
             self._rest(requests, context)
             return "off"
         if not self._judges(requests):
@@ -155,6 +157,7 @@ class DraftGate:
         self._enter(_State.DRAFTING)
         self._drafted = 16
         self._interval, self._jump_margin = self._shortest, self._margin
+        self._newcomers_interval = self._shortest // 4
         return "draft"
 
     def _judges(self, requests: int) -> bool:
