@@ -100,15 +100,15 @@ class AdaptivePolicy:
         if not self._cost.known:
             self._warn_once("no-cost-data", "no cost data: every drafted token is verified until there is a profile")
             return Plan(True, 0.0, requests * self._gamma, "no-cost-data", math.nan, math.nan)
-        context = int(np.add.reduce(batch.context_R))
+        context, sampled = int(np.add.reduce(batch.context_R)), batch.sampled
         looking = self._gate.looking
         newcomers = self._history.newcomers(batch) if self._gate.resting else 0
         if self._gate.rests(requests, context, newcomers):
-            return self._plain(requests, context, batch.sampled, "off")
-        outlook = weigh(self._prospect(batch, context))
-        verdict = self._gate.decide(outlook.advantage, requests, context, batch.sampled)
+            return self._plain(requests, context, sampled, "off")
+        outlook = weigh(self._prospect(batch, context, sampled))
+        verdict = self._gate.decide(outlook.advantage, requests, context, sampled)
         if verdict in ("off", "plain-probe"):
-            return self._plain(requests, context, batch.sampled, "off" if verdict == "off" else "probe")
+            return self._plain(requests, context, sampled, "off" if verdict == "off" else "probe")
         plan = Plan(True, outlook.price, outlook.capacity, outlook.reason, outlook.tokens, outlook.seconds)
         self.incidents.unmet_floors += outlook.reason == "floor-unmet"
         if verdict == "probe" and not looking:
@@ -123,9 +123,9 @@ class AdaptivePolicy:
         seconds = self._plain_time.value(regime(requests, sampled)) * self._cost.plain(requests, context, sampled)
         return Plan(False, 0.0, 0, reason, float(requests), seconds)
 
-    def _prospect(self, batch: Batch, context: int) -> Prospect:
+    def _prospect(self, batch: Batch, context: int, sampled: int) -> Prospect:
         """What earlier rounds and the cost model say of this batch."""
-        requests, sampled = batch.requests, batch.sampled
+        requests = batch.requests
         totals = self._totals.get(requests)
         if totals is None:
             totals = self._totals[requests] = candidate_totals(requests, self._gamma, self._cost.tiers)

@@ -62,8 +62,8 @@ class DraftGate:
         self._load_now = self._load
         self._look_due = self._jumped = False  # as of this round
         self._by_prediction = False  # drafting was started without a look
-        self._until_plain_M = np.full(REGIMES, _FIRST_PLAIN)  # drafting rounds until the next plain one, by load
-        self._plain_interval_M = np.full(REGIMES, _FIRST_PLAIN)
+        self._until_plain_M = [_FIRST_PLAIN] * REGIMES  # drafting rounds until the next plain one, by load
+        self._plain_interval_M = [_FIRST_PLAIN] * REGIMES
 
     @property
     def resting(self) -> bool:
