@@ -45,7 +45,7 @@ def main(
     waves: Annotated[
         int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
     ] = 2,
-    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer, in the mean.")] = 64,
     bundles: Annotated[Path, typer.Option(help="Directory with a drafter of each family.")] = _BUNDLES,
     output: Annotated[Path, typer.Option(help="JSON file; a table and a plot are written beside it.")] = _RESULT,
 ) -> None:

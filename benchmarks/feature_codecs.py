@@ -12,6 +12,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from dspark_training.evaluation.figures import Interval, Totals, draws, interval
 
 from dspark_serving.assets import ensure_smollm2
 from dspark_serving.bench.results import ResultFile, Row
@@ -20,11 +21,10 @@ from dspark_serving.cli.console import one_line_errors, report
 _RESULT = Path(__file__).parent / "results" / "feature_codecs.json"
 _ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("online", "int8", "fp8", "int4", "int3")
-_RESAMPLES = 2000
 
 
-def train_arm(arm: str, target_path: Path, overrides: list[str]) -> tuple[Row, np.ndarray]:
-    """Train with one kind of features; its row, and (tokens, rounds) of each held-out greedy answer, [P, 2]."""
+def train_arm(arm: str, target_path: Path, overrides: list[str]) -> tuple[Row, Totals]:
+    """Train with one kind of features; its row, and tokens and rounds of each held-out greedy answer."""
     from dspark_training.data.tokens import load_samples
     from dspark_training.evaluation.walk import walk_drafter
     from dspark_training.features.cache import CachedFeatures
@@ -41,46 +41,40 @@ def train_arm(arm: str, target_path: Path, overrides: list[str]) -> tuple[Row, n
         samples = list(load_samples(_ROOT / str(config.data.samples)))
         trainer = Trainer(config, target, samples, Path(scratch))
         trainer.run(lambda step: None)
-        cached = isinstance(trainer.source, CachedFeatures)
         on_disk = trainer.source.counts.bytes_per_token if isinstance(trainer.source, CachedFeatures) else 0.0
     exact = OnlineFeatures(target, trainer.layer_ids, trainer.scale_M)
     greedy = [s for s in trainer.validation_samples if s.temperature == 0 and s.supervised > 1]
-    walks_P = [walk_drafter(trainer.objective, exact, [sample]) for sample in greedy]
-    counts_P2 = np.array([[sum(1 + a for w in walks for a in w.accepted), sum(len(w.accepted) for w in walks)]
-                          for walks in walks_P])  # fmt: skip
-    width = len(trainer.layer_ids) * target.config.hidden_size + target.config.hidden_size
+    walks_Q = [walk_drafter(trainer.objective, exact, [sample]) for sample in greedy]
+    totals = Totals(
+        np.array([sum(1 + accepted for walk in walks for accepted in walk.accepted) for walks in walks_Q]),
+        np.array([sum(len(walk.accepted) for walk in walks) for walks in walks_Q]),
+    )
+    width = (len(trainer.layer_ids) + 1) * target.config.hidden_size  # the captured layers and the head's input
     row: Row = {
         "features": arm,
         "family": "dspark",
         "steps": trainer.step,
         "seconds": trainer.seconds,
         "disk_bytes_per_token": on_disk,
-        "bf16_bytes_per_token": 2 * width if cached else 0,
-        "accepted_length": float(counts_P2[:, 0].sum() / counts_P2[:, 1].sum()),
+        "bf16_bytes_per_token": 2 * width,
+        "accepted_length": float(totals.ratio()),
         "answers": len(greedy),
         "validation_loss": trainer.history[-1]["validation_loss"],
     }
-    return row, counts_P2
+    return row, totals
 
 
-def loss_of_length(counts_P2: np.ndarray, exact_P2: np.ndarray) -> tuple[float, float, float]:
-    """Relative loss of accepted length against exact features, with a 95 % interval over the same answers."""
-    rng = np.random.default_rng(0)
-    drawn_SP = rng.integers(len(counts_P2), size=(_RESAMPLES, len(counts_P2)))
-
-    def length(counts_SP2: np.ndarray) -> np.ndarray:
-        return np.asarray(counts_SP2[..., 0].sum(-1) / counts_SP2[..., 1].sum(-1))
-
-    lost_S = 1 - length(counts_P2[drawn_SP]) / length(exact_P2[drawn_SP])
-    low, high = np.quantile(lost_S, [0.025, 0.975])
-    return float(1 - length(counts_P2) / length(exact_P2)), float(low), float(high)
+def loss_of_length(totals: Totals, exact: Totals) -> Interval:
+    """Relative loss of accepted length against exact features, over the same answers."""
+    drawn = draws(len(totals.tokens_Q))
+    return interval(float(1 - totals.ratio() / exact.ratio()), 1 - totals.ratio(drawn) / exact.ratio(drawn))
 
 
 def markdown(rows: list[Row], notes: str) -> str:
     """A line a codec."""
     lines = ["| features | bytes a token on disk | of bf16 | accepted length | lost (95 %) |", "|---|---|---|---|---|"]
     for row in rows:
-        share = row["disk_bytes_per_token"] / row["bf16_bytes_per_token"] if row["bf16_bytes_per_token"] else 0.0
+        share = row["disk_bytes_per_token"] / row["bf16_bytes_per_token"]
         lost = "-" if row["lost"] is None else f"{row['lost']:.1%} ({row['lost_low']:.1%} to {row['lost_high']:.1%})"
         cells = (row["features"], f"{row['disk_bytes_per_token']:.0f}", f"{share:.0%}", f"{row['accepted_length']:.3f}")
         lines.append(f"| {' | '.join((*cells, lost))} |")
@@ -100,11 +94,11 @@ def main(
         path = target or ensure_smollm2("bf16", report=report)
         result = ResultFile("feature_codecs", output)
         rows: list[Row] = []
-        exact_P2 = None
+        exact = None
         for arm in arms.split(","):
-            row, counts_P2 = train_arm(arm, path, set_ or [])
-            exact_P2 = counts_P2 if exact_P2 is None else exact_P2
-            lost = loss_of_length(counts_P2, exact_P2) if rows else (None, None, None)
+            row, totals = train_arm(arm, path, set_ or [])
+            exact = totals if exact is None else exact
+            lost = loss_of_length(totals, exact) if rows else (None, None, None)
             rows.append(row | dict(zip(("lost", "lost_low", "lost_high"), lost, strict=True)))
             report(
                 f"{arm}: accepted length {row['accepted_length']:.3f}, {row['disk_bytes_per_token']:.0f} bytes a token"

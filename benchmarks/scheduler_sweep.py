@@ -49,7 +49,7 @@ def main(
     waves: Annotated[
         int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
     ] = 2,
-    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer, in the mean.")] = 32,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further turn begins.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A drafter; by default the shipped one.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say how long it would take.")] = False,

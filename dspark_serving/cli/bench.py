@@ -48,7 +48,7 @@ def bench(
     waves: Annotated[
         int, typer.Option(min=1, help="Requests of a run by concurrency, at least, as far as prompts go.")
     ] = 2,
-    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer, in the mean.")] = 128,
     stop_at_eos: Annotated[bool, typer.Option(help="Answers may end early; arms then do unequal work.")] = False,
     baseline: Annotated[str | None, typer.Option(help="Arm that ratios refer to; by default `off`.")] = None,
     candidate: Annotated[str | None, typer.Option(help="Arm that the verdict is about; by default the last.")] = None,

@@ -53,7 +53,7 @@ def totals_of(records: Iterable[Record]) -> dict[str, tuple[int, int]]:
 def accepted_length(records: Sequence[Record]) -> Interval:
     """Tokens a round over all rounds, bonus token included."""
     totals = _stack(totals_of(records).values())
-    return _interval(float(totals.ratio()), totals.ratio(_draws(len(totals.tokens_Q))))
+    return interval(float(totals.ratio()), totals.ratio(draws(len(totals.tokens_Q))))
 
 
 def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
@@ -61,8 +61,8 @@ def difference(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
     mine, other = totals_of(ours), totals_of(theirs)
     shared = sorted(mine.keys() & other.keys())
     a, b = (_stack(found[key] for key in shared) for found in (mine, other))
-    drawn = _draws(len(shared))
-    return _interval(float(a.ratio() - b.ratio()), a.ratio(drawn) - b.ratio(drawn))
+    drawn = draws(len(shared))
+    return interval(float(a.ratio() - b.ratio()), a.ratio(drawn) - b.ratio(drawn))
 
 
 class Rounds(Protocol):
@@ -180,11 +180,13 @@ def _stack(pairs: Iterable[tuple[int, int]]) -> Totals:
     return Totals(table[:, 0], table[:, 1])
 
 
-def _draws(questions: int) -> np.ndarray:
+def draws(questions: int) -> np.ndarray:
+    """Resamples of the questions with replacement, always the same, [S, Q]."""
     return np.random.default_rng(0).integers(max(1, questions), size=(_RESAMPLES, questions))
 
 
-def _interval(value: float, resampled_S: np.ndarray) -> Interval:
+def interval(value: float, resampled_S: np.ndarray) -> Interval:
+    """A figure with the bounds that its resamples give."""
     usable = resampled_S[np.isfinite(resampled_S)]
     low, high = np.quantile(usable, [0.025, 0.975]) if len(usable) else (math.nan, math.nan)
     return Interval(value, float(low), float(high))
