@@ -42,7 +42,7 @@ test: $(STAMP) ## style, types, and the tests (they launch real servers, two at 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Training allocates the same large tensors at every step: glibc keeps them instead of returning them.
-train-demo: $(STAMP) ## train a drafter as the shipped one is made; resumes where it was stopped
+train-demo: $(STAMP) ## train a drafter from scratch on the answers in examples/data; resumes where it was stopped
 	MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/dspark train-demo
 
 bench-first-light: $(STAMP) ## measure benchmarks/results/first_light.json again

@@ -65,7 +65,7 @@ setup(
         # Without an accelerator: these pins, then `pip install --no-deps -r requirements/sglang.txt` (see Makefile).
         "cpu": requirements("cpu"),
         "cuda": requirements("sglang"),
-        "train": ["accelerate", "datasets", "openai"],
+        "train": ["accelerate", "datasets", "openai", "tensorboard"],
         "dev": requirements("dev"),
     },
     entry_points={

@@ -17,7 +17,7 @@ import pytest
 
 from dspark_serving.assets import ensure_smollm2, shipped_bundle, smollm2, verify_smollm2
 from dspark_serving.assets.bundles import _PLACES
-from dspark_serving.assets.store import MANIFEST, damage, ensure, sha256_of
+from dspark_serving.assets.store import MANIFEST, checkpoint_name, damage, ensure, sha256_of
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError
 
 RECIPE = "a recipe"
@@ -212,6 +212,11 @@ def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         smollm2.ensure_gguf()
     assert "\n" not in str(caught.value)
     assert visible(tmp_path / smollm2.NAME) == []
+
+
+def test_a_checkpoint_is_called_by_its_own_name_not_by_its_dtype() -> None:
+    assert checkpoint_name("/models/Qwen3-4B") == "Qwen3-4B"
+    assert checkpoint_name(Path("/cache/smollm2-135m-instruct/bf16")) == "smollm2-135m-instruct"
 
 
 def test_a_missing_bundle_is_named() -> None:

@@ -217,6 +217,24 @@ def test_answers_are_the_targets_greedy_ones(tmp_path: Path) -> None:
         assert sample.spans == [(len(ids), len(alone))]
 
 
+def test_an_answer_is_to_all_that_stands_before_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """System text and tools included; the first of several, and none where the template refuses the conversation."""
+    exported = export_tiny(tmp_path, "dflash")
+    exported.target.tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }}:{% endfor %}{% for m in messages %}"
+        "{% if m.content == 'no' %}{{ raise_exception('not so') }}{% endif %}[{{ m.content }}]{% endfor %}"
+    )
+    texts = (("system", "be"), ("user", "hi"), ("user", "so"))
+    tool = {"type": "function", "function": {"name": "f"}}
+    prompt = Prompt("chat", tuple({"role": role, "content": text} for role, text in texts), (tool,))
+    asked = [Prompt.ask("chat", "no"), prompt]
+    (sample,) = answered(exported.target, asked, 0.0, max_new_tokens=9, batch_size=2)
+    ((start, end),) = sample.spans
+    assert sample.ids[:start] == exported.target.tokenizer("f:[be][hi]", add_special_tokens=False).input_ids
+    assert (sample.key, end) == (prompt.key, len(sample.ids))
+    assert "1 skipped (1 the chat template refuses the conversation (not so))" in caplog.text
+
+
 def test_statistics_are_those_of_logits_over_the_whole_vocabulary(tmp_path: Path) -> None:
     from dspark_training.bundle.rounds import _statistics
 

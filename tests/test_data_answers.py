@@ -95,3 +95,21 @@ def test_a_killed_run_goes_on_and_over_long_prompts_are_written_down(target: Tar
         ask(target, asked[30:], tmp_path / "none.jsonl")
     few = ask(target, asked, tmp_path / "few.jsonl", max_samples=5)
     assert len(few.prompt_keys()) == 5
+
+
+def test_a_conversation_that_the_template_refuses_at_its_second_turn_stops_no_other(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target.model.generation_config, "eos_token_id", [511, *range(100, 511, 6)])  # stop often
+    refusal = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not so') }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(target.tokenizer, "chat_template", refusal + TEMPLATE)
+    turns = [(f"p{i}", "no")[: 1 + i % 2] for i in range(40)]
+    asked = [Prompt("mt", tuple({"role": "user", "content": text} for text in said)) for said in turns]
+    path = tmp_path / "s.jsonl"
+    kept = ask(target, asked, path, max_prompt_tokens=999).prompt_keys()
+    rows = [json.loads(line) for line in path.with_suffix(".skipped.jsonl").read_text().splitlines()]
+    refused = {row["where"] for row in rows if "not so" in row["reason"]}
+    assert len(refused) > 3, "answers that end by themselves would get a second turn"
+    assert refused <= {p.key for p in asked[1::2]}
+    assert not refused & kept
+    assert {p.key for p in asked} == kept | {row["where"] for row in rows}

@@ -13,7 +13,7 @@ import pytest
 from dspark_training.data.chat import ChatTemplate
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.stats import overlap, stats
-from dspark_training.data.store import Sample, SampleStore, content_hash
+from dspark_training.data.store import Sample, SampleStore, content_hash, split
 from dspark_training.data.tokens import TokenStore, build, load_samples
 from typer.testing import CliRunner
 
@@ -65,6 +65,15 @@ def test_a_million_tokens_take_a_few_megabytes_and_are_mapped_not_read(tmp_path:
     maps = Path("/proc/self/maps").read_text()
     assert str(tmp_path / "store") in maps
     assert len(store) == 2000
+
+
+def test_a_split_goes_by_the_keys_and_reads_from_the_store(tmp_path: Path) -> None:
+    made = samples(30)
+    build([stored(tmp_path / "s.jsonl", made)], tmp_path / "store", Skipped(None))
+    train, held_out = split(load_samples(tmp_path / "store"), 0.1)
+    assert (list(train), list(held_out)) == (made[3:], made[:3])
+    assert (train[-1], train[1:3], len(train)) == (made[-1], made[4:6], 27)
+    assert list(split(made[::-1], 0.1)[0]) == made[3:]
 
 
 def test_what_cannot_be_trained_on_is_counted_and_written_down(tmp_path: Path) -> None:

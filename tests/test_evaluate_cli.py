@@ -19,7 +19,11 @@ from dspark_training.target import Target
 from typer.testing import CliRunner
 
 from dspark_serving.cli.main import app
+from dspark_serving.errors import DataError
+from dspark_serving.scheduler.calibration import Calibration
+from dspark_serving.scheduler.survival_map import SurvivalMap
 from tests.oracle_drafters import known_tokens, make_oracle_drafter, make_oracle_target
+from tests.tiny_models import make_tiny_drafter
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,11 @@ def test_two_drafters_side_by_side(world: Path, tmp_path: Path) -> None:
 def test_the_walk_gives_the_rounds_of_real_decoding(world: Path, tmp_path: Path) -> None:
     walked, decoded = local(world, tmp_path / "a", "--walk"), local(world, tmp_path / "b")
     figures = [
-        {(r["arm"], r["dataset"]): r["accepted_length"] for r in rows if "accepted_length" in r and r["arm"] != "off"}
+        {
+            (r["arm"], r["dataset"]): (r["accepted_length"], r["conditional_acceptance"])
+            for r in rows
+            if "accepted_length" in r and r["arm"] != "off"
+        }
         for rows in (walked, decoded)
     ]
     assert figures[0] == figures[1]
@@ -117,6 +125,35 @@ def test_an_interrupted_evaluation_goes_on_and_answers_nothing_twice(world: Path
     assert [r.text for r in again] == [r.text for r in whole]
 
 
+def test_answers_with_other_weights_or_another_draft_vocabulary_are_refused(world: Path, tmp_path: Path) -> None:
+    """A calibration changes no answer; a target in a directory of the same name may be another."""
+    drafter, datasets = tmp_path / "drafter", dict([read_questions(f"x={world}/two.jsonl", 0)])
+    vocabulary, judge = drafter / "draft_vocab.json", drafter / "survival_map.json"
+    make_tiny_drafter(drafter, json.loads((world / "target/config.json").read_text()), draft_vocab=list(range(200)))
+
+    def answered(target_path: Path) -> list[Record]:
+        target = Target.load(target_path)
+        subject = LocalSubject("tiny", target, load_drafter(drafter, target, target_path), batch_size=2, seed=0)
+        evaluation = Evaluation("target", datasets, [0.0], 6, tmp_path / "work")
+        return evaluation.answers(subject, evaluation.points[0])
+
+    first, written = answered(world / "target"), vocabulary.read_text()
+    Calibration.identity(4).save(drafter / "calibration.json")
+    assert answered(world / "target") == first
+    vocabulary.write_text(json.dumps({"token_ids": list(range(1, 201))}))
+    with pytest.raises(DataError, match=r"other settings \(drafter\)"):
+        answered(world / "target")
+    vocabulary.write_text(written)
+    SurvivalMap.default(4).save(judge)
+    with pytest.raises(DataError, match=r"other settings \(drafter\)"):
+        answered(world / "target")
+    judge.unlink()
+    assert answered(world / "target") == first
+    make_oracle_target(tmp_path / "target", seed=1)
+    with pytest.raises(DataError, match=r"other settings \(target_weights\)"):
+        answered(tmp_path / "target")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -125,6 +162,7 @@ def test_an_interrupted_evaluation_goes_on_and_answers_nothing_twice(world: Path
         (["--dataset", "gsm8k", "--url", "http://x", "--drafter", "d"], "both"),
         (["--dataset", "gsm8k", "--target", "t", "--drafter", "d", "--walk", "--temperature", "1"], "--walk"),
         (["--dataset", "nothing", "--target", "t", "--drafter", "d"], "there is no dataset 'nothing'"),
+        (["--dataset", "x=a", "--dataset", "x=b", "--target", "t", "--drafter", "d"], "two datasets are called x"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(arguments: list[str], named: str) -> None:

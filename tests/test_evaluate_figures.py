@@ -19,6 +19,8 @@ from dspark_training.evaluation.figures import (
 )
 from dspark_training.evaluation.questions import SOURCES, questions_of, read_questions
 from dspark_training.evaluation.records import Record, RecordFile
+from dspark_training.evaluation.subjects import sample_of, walked
+from dspark_training.evaluation.walk import walk, walk_prompt_lookup
 
 from dspark_serving.errors import DataError
 from dspark_serving.scheduler.calibration import Calibration
@@ -80,6 +82,15 @@ def test_conditional_acceptance_counts_what_was_reached_and_known() -> None:
     # position 1: 4 rounds, 3 kept; 2: those with 1 kept, without the cut one: 2, both kept; 3: 2, one kept; 4: 1 of 1
     assert conditional_acceptance([rounds], 4) == [3 / 4, 1.0, 1 / 2, 1.0]
     assert conditional_acceptance([record("a", [0])], 2) == [0.0, None]
+
+
+def test_drafts_behind_the_end_of_a_walked_answer_are_left_out() -> None:
+    """Two tokens are left and both match: of five drafts the third is neither kept nor rejected."""
+    answered = record("a", [], output_tokens=3, prompt_ids=[1, 7, 8, 9, 2], answer_ids=[7, 8, 9])
+    found = walked(answered, walk_prompt_lookup(sample_of(answered), 5), 5)
+    assert (found.accepted, found.verified) == ([2], [2])
+    assert conditional_acceptance([found], 5) == [1.0, 1.0, None, None, None]
+    assert walked(answered, walk([0] * 7), 5).verified == [5, 5, 5, 4, 3, 2, 1]
 
 
 def test_confidence_quality_knows_a_good_head_from_a_bad_one() -> None:

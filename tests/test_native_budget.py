@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dspark_serving.scheduler.round import Batch, Outcome
+from dspark_serving.scheduler.round import Batch, Outcome, Plan
 from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy, additive_table
 from dspark_serving.simulator.scenarios import CPU, GPU
 from dspark_serving.simulator.worlds import Machine
+from tests import test_scheduler_lossless as lossless
 
 GAMMA = 3
 
@@ -68,3 +71,19 @@ def test_the_present_confidences_rank() -> None:
     confidence_RG = np.array([[0.9, 0.9, 0.1], [0.2, 0.9, 0.9], [0.8, 0.8, 0.8], [0.1, 0.1, 0.1]], dtype=np.float32)
     plan = policy.plan(a_batch())._replace(capacity=5)
     assert policy.admit(a_batch(), plan, confidence_RG).tolist() == [3, 1, 4, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    before_RG=lossless.blocks(),
+    after_RG=lossless.blocks(),
+    r=st.integers(0, lossless.REQUESTS - 1),
+    k=st.integers(1, lossless.GAMMA),
+    budget=st.integers(0, lossless.REQUESTS * lossless.GAMMA),
+)
+def test_its_ranking_does_not_anticipate(
+    before_RG: np.ndarray, after_RG: np.ndarray, r: int, k: int, budget: int
+) -> None:
+    policy = NativeBudgetPolicy(lossless.GAMMA, lossless.REQUESTS, CPU)
+    plan = Plan(True, 0.0, budget, "native", 0.0, 0.0)
+    assert not lossless.anticipates(policy, plan, before_RG, after_RG, r, k)

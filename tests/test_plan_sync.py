@@ -21,16 +21,18 @@ def _rank(rank: int, store: str, output: str) -> None:
     own = DECIDED if sync.decides else None
     plans = [sync.share(own) for _ in range(3)]
     flags = [sync.agree(rank == 0), sync.agree(rank == 1)]
-    Path(output, f"{rank}.json").write_text(json.dumps([plans, flags]))
+    found = [sync.unanimous(True), sync.unanimous(rank == 0), sync.unanimous(False)]
+    Path(output, f"{rank}.json").write_text(json.dumps([plans, flags, found]))
     dist.destroy_process_group()
 
 
 def test_every_rank_follows_the_first(tmp_path: Path) -> None:
     spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     for rank in range(2):
-        plans, flags = json.loads((tmp_path / f"{rank}.json").read_text())
+        plans, flags, found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert [Plan(*plan) for plan in plans] == [DECIDED] * 3
         assert flags == [True, False]  # what rank 0 said, both times
+        assert found == [True, False, False]
 
 
 def test_one_rank_asks_nobody() -> None:
@@ -38,5 +40,7 @@ def test_one_rank_asks_nobody() -> None:
     assert sync.decides
     assert sync.share(DECIDED) is DECIDED
     assert sync.agree(True)
+    assert sync.unanimous(True)
+    assert not sync.unanimous(False)
     with pytest.raises(ValueError, match="no plan"):
         sync.share(None)

@@ -208,6 +208,36 @@ def test_a_survival_map_for_another_block_size_is_refused(target: Path, drafter:
         resolution.prepare(server_args(target, drafter), ServingConfig())
 
 
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode is decode; expected null"),
+        ({"enable_dp_attention": True}, "--enable-dp-attention is True"),
+        ({"pp_size": 2}, "--pp-size is 2; expected 1"),
+        ({"speculative_dspark_block_size": 1}, "--speculative-dspark-block-size is 1, .* drafts 4 tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_plan_of_a_round_does_not_reach_is_refused(
+    target: Path, drafter: Path, fields: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(OptionError, match=complaint):
+        resolution.prepare(server_args(target, drafter, **fields), ServingConfig())
+
+
+@pytest.mark.skipif(has_accelerator(), reason="with an accelerator SGLang's ranks share the work")
+@pytest.mark.parametrize("family", ["dspark", "eagle3"])
+def test_several_ranks_on_a_cpu_are_refused(target: Path, drafter: Path, family: str) -> None:
+    with pytest.raises(OptionError, match="--tp-size is 2 without an accelerator; expected 1"):
+        resolution.prepare(server_args(target, drafter, family, tp_size=2), ServingConfig())
+
+
+def test_recordings_that_could_not_be_written_are_refused_at_start(target: Path, drafter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match=r"--dspark-recording .*file: .*; expected a directory that"):
+        resolution.prepare(server_args(target, drafter), ServingConfig(recording=tmp_path / "file"))
+
+
 @pytest.mark.skipif(has_accelerator(), reason="defaults of a machine without accelerator")
 def test_cpu_defaults_fill_only_what_is_unset(target: Path, drafter: Path) -> None:
     args = server_args(target, drafter, max_total_tokens=4096)

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 from dspark_serving.config import ServingConfig
+from dspark_serving.errors import OptionError
+from dspark_serving.scheduler.baselines import ThresholdPolicy
+from dspark_serving.scheduler.calibration import Calibration
+from dspark_serving.scheduler.catalog import PolicyParts
 from dspark_serving.scheduler.cost import CostModel, CostSample
 from dspark_serving.scheduler.cost_table import load_cost, save_cost
 from dspark_serving.sglang_adapter import profile, scheduling
@@ -17,7 +21,9 @@ from tests.cost_world import World
 from tests.test_cost_table import KEY
 
 SCHEDULER = SimpleNamespace(
-    draft_worker=SimpleNamespace(agree=lambda flag: flag, model_runner=None, verify_num_draft_tokens=6),
+    draft_worker=SimpleNamespace(
+        agree=lambda flag: flag, all_say=lambda flag: flag, model_runner=None, verify_num_draft_tokens=6
+    ),
     max_total_num_tokens=4096,
     max_running_requests=16,
 )
@@ -69,6 +75,38 @@ def test_without_measuring_a_table_is_taken_as_it_is(tmp_path: Path, engine: Wor
     save_cost(tmp_path / "cost", KEY, CostModel.fit(World(speed=3.0, noise=0.0).profile(np.random.default_rng(1))))
     kept = scheduling._costs(SCHEDULER, ServingConfig(profile_seconds=0), KEY)
     assert kept.plain(1, 24) == pytest.approx(3 * engine.plain(1, 24), rel=0.05)
+
+
+def test_a_table_that_another_rank_lacks_is_measured_again_by_all(
+    engine: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.speed = 1.1
+    first = costs()
+    engine.speed = 1.0
+    monkeypatch.setattr(SCHEDULER.draft_worker, "all_say", lambda flag: False)
+    assert costs().samples != first.samples
+
+
+def repertoire(cost: CostModel) -> scheduling.Repertoire:
+    return scheduling.Repertoire(
+        PolicyParts(gamma=3, slots=4, cost=cost, calibration=Calibration.identity(3), threshold=0.25, speed_floor=0.0)
+    )
+
+
+def test_sglangs_planner_is_refused_without_step_times() -> None:
+    with pytest.raises(OptionError, match=r"policy native without step times; expected .*--dspark-profile-seconds"):
+        repertoire(CostModel.unknown()).get("native")
+
+
+def test_a_threshold_holds_until_the_policy_is_asked_for_without_one() -> None:
+    found = repertoire(CostModel.unknown())
+    thresholds = []
+    for given in (None, 0.75, None):
+        found.set_threshold(given)
+        policy = found.get("threshold")
+        assert isinstance(policy, ThresholdPolicy)
+        thresholds.append(policy.threshold)
+    assert thresholds == [0.25, 0.75, 0.25]
 
 
 def test_a_table_of_the_bundle_is_taken_where_the_cache_has_none_and_it_holds(tmp_path: Path, engine: World) -> None:

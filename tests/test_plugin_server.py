@@ -6,6 +6,7 @@ One server serves all policies: they are switched while it runs, between request
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -136,13 +137,31 @@ def test_an_impossible_floor_does_not_stop_the_server(speculative: Speculative, 
     assert answer["output_ids"] == stock[1]
 
 
+def metrics(server: Server) -> dict[str, float]:
+    """Values by name, summed over labels."""
+    found: dict[str, float] = {}
+    shown = httpx.get(f"{server.base_url}/metrics", timeout=60.0, trust_env=False).text
+    for line in shown.splitlines():
+        if line.startswith("dspark_"):
+            name, value = line.split("{")[0].split(" ")[0], float(line.rsplit(" ", 1)[1])
+            found[name] = found.get(name, 0.0) + value
+    return found
+
+
 def test_metrics_show_plans_and_times(speculative: Speculative) -> None:
     speculative.server.use("full")
+    before, told = metrics(speculative.server), speculative.server.report()
     speculative.server.generate(PROMPTS[0])
-    shown = httpx.get(f"{speculative.server.base_url}/metrics", timeout=60.0, trust_env=False).text
-    counters = ("dspark_rounds_total", "dspark_verified_tokens_total", "dspark_padding_tokens_total")
-    for name in ("dspark_plugin_active", "dspark_step_seconds", "dspark_tier_tokens", *counters):
-        assert name in shown
+    after, report = metrics(speculative.server), speculative.server.report()
+    assert after["dspark_plugin_active"] == 1.0
+    rounds = report["rounds"] - told["rounds"]
+    assert rounds > 0
+    assert after["dspark_rounds_total"] - before["dspark_rounds_total"] == rounds
+    assert after["dspark_tier_tokens"] == 5  # of the last round: an anchor and four drafts
+    assert {"dspark_step_seconds", "dspark_round_tokens", "dspark_phase_seconds"} <= after.keys()
+    verified = report["verified_tokens"] - told["verified_tokens"]
+    assert after["dspark_verified_tokens_total"] - before["dspark_verified_tokens_total"] == verified > rounds
+    assert after["dspark_padding_tokens_total"] == before["dspark_padding_tokens_total"]  # no graphs, no padding
 
 
 def test_a_recording_of_the_server_replays_to_the_bit(speculative: Speculative) -> None:
@@ -151,3 +170,15 @@ def test_a_recording_of_the_server_replays_to_the_bit(speculative: Speculative) 
     found = replay(speculative.server.record(speculative.recordings))
     assert found.plans > 100
     assert found.difference is None
+
+
+def test_a_recording_that_cannot_be_written_is_refused_and_the_server_goes_on(
+    speculative: Speculative, stock: list[list[int]]
+) -> None:
+    shutil.rmtree(speculative.recordings)
+    speculative.recordings.touch()
+    answer = httpx.post(f"{speculative.server.base_url}/dspark/recording", timeout=60.0, trust_env=False)
+    speculative.recordings.unlink()
+    assert answer.status_code == 409
+    assert "the recording could not be written" in speculative.server.log.read_text()
+    assert texts(speculative.server, concurrency=1) == stock

@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from dspark_serving.metrics import WINDOW, RoundStats
+from dspark_serving.scheduler.admission import admit, values
 from dspark_serving.scheduler.baselines import Algorithm1Policy, FullPolicy, OffPolicy, ThresholdPolicy
 from dspark_serving.scheduler.calibration import Calibration
+from dspark_serving.scheduler.catalog import PolicyParts, make_policy
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.recalibration import OnlineCalibration
-from dspark_serving.scheduler.round import Batch, Outcome, Policy
+from dspark_serving.scheduler.round import Batch, Outcome, Plan, Policy, Terms
 from dspark_serving.sglang_adapter.device import DeviceAdmission
+from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
 from dspark_serving.sglang_adapter.plan_sync import PlanSync
 from dspark_serving.sglang_adapter.planner import PolicyPlanner
 from dspark_serving.sglang_adapter.proposer import PolicyProposer
+from tests.scheduler_worlds import LinearCosts
 
 GAMMA = 3
 
@@ -89,6 +93,7 @@ CONFIDENCE = torch.tensor([[0.9, 0.4, 1.0], [1.0, 1.0, 1.0]])
         (OffPolicy(), None, [1, 1], False),
         (FullPolicy(), CONFIDENCE, [4, 4], True),
         (Algorithm1Policy(CostModel.unknown()), CONFIDENCE, [4, 4], True),
+        (Algorithm1Policy(LinearCosts(base=0.01, per_token=0.01, draft=0.0)), CONFIDENCE, [2, 4], False),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -130,10 +135,46 @@ def test_under_overlap_the_amount_is_known_before_the_draft(monkeypatch: pytest.
     assert ours.begin(batch).reason == "full"
 
 
+class Learning(ThresholdPolicy):
+    """With what its calibration has learned so far, and requests that weigh differently."""
+
+    def __init__(self, calibration: OnlineCalibration) -> None:
+        super().__init__(0.5, calibration.apply)
+        self.calibration = calibration
+        self.weight_R = np.array([1.0, 1.5], dtype=np.float32)
+
+    def admit(self, batch: Batch, plan: Plan, confidence_RG: np.ndarray) -> np.ndarray:
+        calibrated_RG = self.calibration.apply(confidence_RG, batch.temperature_R)
+        return admit(values(calibrated_RG, self.weight_R), plan.price, confidence_RG.size)
+
+    def terms(self, batch: Batch) -> Terms:
+        return Terms(self.weight_R, self.calibration.line_2BG)
+
+
+def test_what_is_told_for_the_device_is_what_the_host_goes_by() -> None:
+    parts = PolicyParts(GAMMA, 16, LinearCosts(), Calibration((0.5, 2.0, 1.0)), threshold=0.5, speed_floor=1e6)
+    batch = Batch.ordinary(np.arange(2), np.full(2, 20))
+    policies = [make_policy(name, parts) for name in ("threshold", "adaptive")]
+    policies.append(NativeBudgetPolicy(GAMMA, 16, LinearCosts()))
+    for policy in policies:
+        plan = policy.plan(batch)._replace(drafts=True, price=0.0 if policy.name == "native" else 0.4)
+        if policy.name != "threshold":  # which knows no capacity
+            plan = plan._replace(capacity=4)
+        lens_R = policy.admit(batch, plan, CONFIDENCE.numpy())
+        policy.observe(Outcome(batch, plan, CONFIDENCE.numpy(), lens_R, np.array([0, 0], np.int32), 0.01, 0.1, True))
+        terms = policy.terms(batch)
+        assert terms is not None
+        on_device = DeviceAdmission(4, GAMMA, "cpu")(CONFIDENCE, plan, batch, terms)
+        assert on_device.tolist() == policy.admit(batch, plan, CONFIDENCE.numpy()).tolist(), policy.name
+        if policy.name == "adaptive":  # both are slower than their floor
+            assert terms.weight_R.min() > 1.0
+    assert make_policy("algorithm1", parts).terms(batch) is None
+
+
 def test_admission_on_the_device_reuses_its_buffers_and_agrees_with_the_host() -> None:
     calibration = OnlineCalibration(Calibration.identity(GAMMA))
-    ours = planner(ThresholdPolicy(0.5, calibration.apply))
-    ours.device_admission = DeviceAdmission(requests=4, calibration=calibration, device="cpu")
+    ours = planner(Learning(calibration))
+    ours.device_admission = DeviceAdmission(requests=4, gamma=GAMMA, device="cpu")
     addresses: set[int] = set()
     decisions: set[tuple[int, ...]] = set()
     nothing_R, greedy_R = np.zeros(64, dtype=np.int32), np.zeros(64, dtype=np.float32)

@@ -164,6 +164,9 @@ def watched(tmp_path: Path, expected: float, clock: list[float]) -> Callable[...
         def admit(self, batch: Batch, plan: Plan, confidence_RG: np.ndarray) -> np.ndarray:
             return np.full(1, GAMMA + 1, dtype=np.int32)
 
+        def terms(self, batch: Batch) -> None:
+            pass
+
         def observe(self, outcome: Outcome) -> None:
             pass
 

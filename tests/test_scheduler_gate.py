@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
 
-from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias
+from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias, regime
 
 
 def step(gate: DraftGate, advantage: float, requests: int = 64, context: int = 1000, newcomers: int = 0) -> str:
@@ -106,8 +107,8 @@ def test_plain_decoding_is_tried_soon_at_each_load_and_then_more_rarely() -> Non
     gate = DraftGate()
     for requests in (64, 8):
         tries = [i for i in range(600) if step(gate, 1.5, requests) == "plain-probe"]
-        assert tries[0] <= 10
-        assert [b - a for a, b in pairwise(tries)] == [16, 32, 64, 128, 256]
+        assert tries[0] <= 5
+        assert [b - a for a, b in pairwise(tries)] == [8, 16, 32, 64, 128, 256]
     assert "plain-probe" not in {step(gate, 2.5, 32) for _ in range(600)}, "a clear gain needs no proof"
 
 
@@ -123,7 +124,7 @@ def test_slow_ratio_starts_at_one_and_forgets() -> None:
 
 
 def test_one_hiccup_does_not_move_the_time_bias_far() -> None:
-    bias = TimeBias()
+    bias = TimeBias(prior=2.0)
     for _ in range(100):
         bias.observe(3, 1.2, 1.0)
     assert bias.value(3) == pytest.approx(1.2, rel=0.01)
@@ -132,7 +133,7 @@ def test_one_hiccup_does_not_move_the_time_bias_far() -> None:
 
 
 def test_the_time_bias_of_a_new_load_starts_from_the_last_one_seen_and_parts_from_it() -> None:
-    bias = TimeBias()
+    bias = TimeBias(prior=2.0)
     for _ in range(150):
         bias.observe(0, 2.0, 1.0)
     assert bias.value(4) == bias.value(0) == pytest.approx(2.0, rel=0.03)
@@ -143,7 +144,7 @@ def test_the_time_bias_of_a_new_load_starts_from_the_last_one_seen_and_parts_fro
 
 
 def test_a_sample_after_a_long_time_of_the_other_way_counts_more() -> None:
-    fresh, doubted = TimeBias(), TimeBias()
+    fresh, doubted = TimeBias(prior=2.0), TimeBias(prior=2.0)
     for bias in (fresh, doubted):
         for _ in range(200):
             bias.observe(2, 1.0, 1.0)
@@ -153,3 +154,20 @@ def test_a_sample_after_a_long_time_of_the_other_way_counts_more() -> None:
         bias.observe(2, 1.25, 1.0)
     assert fresh.value(2) < 1.02
     assert doubted.value(2) > 1.06
+
+
+def test_plain_decoding_is_tried_again_soon_after_it_surprised() -> None:
+    gate = DraftGate()
+    tries = []
+    for i in range(200):
+        if step(gate, 1.5, 8) == "plain-probe":
+            tries.append(i)
+            if len(tries) == 3:
+                gate.surprised(regime(8, 0))
+    assert [b - a for a, b in pairwise(tries)][:5] == [8, 16, 4, 8, 16]
+
+
+def test_a_rarely_seen_way_is_believed_sooner() -> None:
+    rare, often = TimeBias(prior=0.5), TimeBias(prior=2.0)
+    assert rare.observe(1, 0.7, 1.0) == often.observe(1, 0.7, 1.0) == pytest.approx(math.log(0.7))
+    assert rare.value(1) < 0.8 < often.value(1)

@@ -26,6 +26,7 @@ from dspark_serving.drafters import check_fit, make_view
 from dspark_serving.errors import CheckpointError
 from tests import eagle3_models
 from tests.block_reference import BlockReference
+from tests.sampled_distribution import chi_square, of_text
 from tests.tiny_models import Arch, make_tiny_target, write_tokenizer
 
 LAYER_IDS = (0, 2)
@@ -155,22 +156,38 @@ def test_features_are_what_transformers_shows(target: Target) -> None:
     torch.testing.assert_close(logits, out.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_capped_attention_scores_are_kept(tmp_path: Path) -> None:
-    """Gemma 2, whose attention no fused kernel computes."""
+def write_gemma2(path: Path, **fields: Any) -> Any:
+    """Write a random Gemma 2 with its tokenizer; returns it as transformers runs it."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 512}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
-    config = Gemma2Config(**sizes, **heads, attn_logit_softcapping=0.5, attn_implementation="eager")
-    model = Gemma2ForCausalLM(config)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **fields, attn_implementation="eager"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
-    model.save_pretrained(tmp_path)
-    write_tokenizer(tmp_path)
+    model.save_pretrained(path)
+    write_tokenizer(path)
+    return model.eval()
+
+
+def test_capped_attention_scores_are_kept(tmp_path: Path) -> None:
+    """Gemma 2, whose attention no fused kernel computes."""
+    model = write_gemma2(tmp_path, vocab_size=512, attn_logit_softcapping=0.5)
     ids_BT = torch.tensor([PROMPT])
-    want = model.eval()(ids_BT, output_hidden_states=True).hidden_states[2]
+    want = model(ids_BT, output_hidden_states=True).hidden_states[2]
     got = Target.load(tmp_path).features(ids_BT, torch.ones_like(ids_BT), (1,)).context_BTM
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_drawn_answers_are_distributed_as_those_of_a_target_that_caps_its_logits(tmp_path: Path) -> None:
+    prompt, heat = [1, 2, 3, 4], 0.7
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": 1.0}
+    write_gemma2(tmp_path, vocab_size=10, eos_token_id=[99], **caps)
+    requests = [Request(str(i), prompt, heat, 2) for i in range(6000)]
+    generator = torch.Generator().manual_seed(0)
+    batches = complete(Target.load(tmp_path), requests, batch_size=1000, generator=generator)
+    found = [tuple(completion.answer_ids) for batch in batches for completion in batch]
+    assert chi_square(found, of_text(tmp_path, prompt, 2, temperature=heat)) > 1e-3
 
 
 def test_padding_changes_no_features(target: Target) -> None:

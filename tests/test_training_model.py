@@ -113,7 +113,6 @@ def _ends(accepted: list[int]) -> list[int]:
 
 def test_walk_counts_rounds() -> None:
     assert walk([2, 0, 1, 0, 0]) == ([2, 0, 0], [5, 2, 1])
-    assert walk([2, 0, 1, 0]).accepted_length == pytest.approx(1 + 2 / 2)
 
 
 def test_prompt_lookup_copies_what_followed_the_longest_match() -> None:
@@ -122,6 +121,8 @@ def test_prompt_lookup_copies_what_followed_the_longest_match() -> None:
     # from token 1 (a 1-gram seen before): 2 3 9 8 follow, all of them right
     assert walk_prompt_lookup(sample, block_size=5).accepted == [4]
     assert walk_prompt_lookup(Sample("y", "math", 0.0, [1, 2, 5, 6, 7], [(2, 5)]), block_size=5).accepted == [0, 0]
+    two_answers = Sample("z", "math", 0.0, [*ids, 4, 1, 2, 3], [(5, 10), (11, 14)])
+    assert walk_prompt_lookup(two_answers, block_size=5) == ([4, 2], [4, 2]), "every answer counts"
 
 
 def test_an_exported_bundle_drafts_like_the_trained_drafter(tiny: Tiny, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dspark_training.data.store import SampleStore
 from dspark_training.plan import make_plan
 from dspark_training.target import Target
 from dspark_training.trainer import Trainer
+from dspark_training.workdir import mark_complete
 
 from dspark_serving.errors import DataError
 from tests.test_training_run import config, samples
@@ -66,3 +67,13 @@ def test_a_plan_before_any_answer_gives_limits(target: Target, tmp_path: Path) -
     assert any("at most" in line for line in plan.lines())
     with pytest.raises(DataError, match="prompts"):
         make_plan(told, target, tmp_path / "work", seconds=0.5)
+
+
+def test_a_plan_asks_for_nothing_more_where_the_answers_are_complete(target: Target, tmp_path: Path) -> None:
+    SampleStore(tmp_path / "samples.jsonl").append(samples())
+    settings = {"written_prompts": {"chat": 100}, "max_new_tokens": 16, "batch_size": 4}
+    told = config(40).model_copy(update={"data": config(40).data.model_copy(update=settings)})
+    assert make_plan(told, target, tmp_path, seconds=0.5).answers_left == 100 - 24
+    mark_complete(tmp_path, 24)
+    plan = make_plan(told, target, tmp_path, seconds=0.5)
+    assert (plan.samples, plan.answers_left, plan.exact) == (24, 0, True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dspark_training.config import RunConfig
+from dspark_training.features.cache import target_fingerprint
 from dspark_training.recipe import ALGORITHMS, load_recipe, mask_token_id, provenance
 from dspark_training.target import Target
 from dspark_training.trainer import Trainer
@@ -77,11 +78,22 @@ def test_the_mask_token_is_no_part_of_text(target: Target) -> None:
     assert chosen not in target.chat_ids("Hello, how are you?")
 
 
+def test_a_target_without_a_chat_template_gets_a_mask_token_too(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target.tokenizer, "chat_template", None)
+    assert load_recipe(target, [], None, ["drafter.mask_token_id=3"]).drafter.mask_token_id == 3
+    chosen = load_recipe(target).drafter.mask_token_id
+    assert 0 <= chosen < target.config.vocab_size
+    assert chosen not in target.stop_ids
+
+
 def test_a_result_names_what_it_depends_on(target: Target, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("abc")
-    origin = provenance(config(4), [data, tmp_path / "absent"])
+    origin = provenance(config(4), target, [data, tmp_path / "absent"])
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's example
     assert origin["data_sha256"] == {str(data): sha256}
     assert RunConfig.model_validate(origin["recipe"]) == config(4)
     assert origin["versions"]["torch"] == torch.__version__
+    assert origin["target"]["fingerprint"] == target_fingerprint(target)

@@ -203,6 +203,18 @@ def test_data_without_a_token_to_predict_stop_the_run(target: Target, tmp_path: 
         Trainer(config(4), target, rows, tmp_path).run()
 
 
+def test_held_out_answers_without_a_token_to_judge_are_named_before_the_first_step(
+    target: Target, tmp_path: Path
+) -> None:
+    rows = samples()  # in the order of their keys, so that the first fifth is held out
+    short = [s._replace(spans=[(3, 5)]) for s in rows[:5]] + rows[5:]
+    judged = Trainer(config(5), target, short, tmp_path / "two")
+    judged.run()
+    assert judged.history[-1]["accepted_length"] >= 1
+    with pytest.raises(DataError, match="none of the 5 held-out samples"):
+        Trainer(config(5), target, [s._replace(spans=[(3, 4)]) for s in rows[:5]] + rows[5:], tmp_path / "one").run()
+
+
 @pytest.mark.parametrize("codec", ["int8", "int3"])
 def test_training_from_a_cache_follows_the_online_run_and_resumes_exactly(
     target: Target, tmp_path: Path, codec: CodecName
@@ -264,6 +276,9 @@ def test_too_few_samples_and_wrong_layers_are_refused(target: Target, tmp_path: 
         Trainer(config(4), target, samples(1), tmp_path)
     wrong = config(4).model_copy(update={"drafter": config(4).drafter.model_copy(update={"target_layer_ids": (0, 3)})})
     with pytest.raises(OptionError, match="target_layer_ids"):
+        Trainer(wrong, target, samples(), tmp_path)
+    wrong = config(4).model_copy(update={"drafter": config(4).drafter.model_copy(update={"init_layers": (1, 99)})})
+    with pytest.raises(OptionError, match=r"init_layers \[99\].*from 0 to 3"):
         Trainer(wrong, target, samples(), tmp_path)
 
 

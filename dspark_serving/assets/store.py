@@ -43,6 +43,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("DSPARK_CACHE") or Path.home() / ".cache" / "dspark")
 
 
+def checkpoint_name(path: str | Path) -> str:
+    """A checkpoint's own name; those in the cache lie in a directory named after their dtype."""
+    last = Path(path)
+    return last.parent.name if last.name in ("bf16", "fp32") else last.name
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,10 +27,10 @@ def import_(
     target: _Target,
 ) -> None:
     """Make a bundle of a published drafter, without its copies of the target's weights."""
-    from dspark_training.bundle.imports import import_checkpoint  # torch and transformers take seconds to import
-    from dspark_training.target import Target
-
     with one_line_errors():
+        from dspark_training.bundle.imports import import_checkpoint  # torch and transformers take seconds to import
+        from dspark_training.target import Target
+
         spec = import_checkpoint(source, Target.load(target), bundle)
     report(f"{bundle}: a {spec.family} drafter of {spec.gamma} tokens a round")
     kept = [name for name, own in (("embedding", spec.own_embedding), ("output head", spec.own_head)) if own]
@@ -93,9 +93,9 @@ def _calibrate(
 @bundle_app.command()
 def costs(bundle: _Bundle) -> None:
     """Put the step times that servers on this machine measured with this drafter into the bundle."""
-    from dspark_training.bundle.amend import add_cost_tables
-
     with one_line_errors():
+        from dspark_training.bundle.amend import add_cost_tables
+
         names = add_cost_tables(bundle)
     report(f"{bundle} carries {', '.join(names)}")
 
@@ -111,10 +111,10 @@ def export(
     ] = False,
 ) -> None:
     """Write a drafter in another project's format."""
-    from dspark_training.bundle.foreign import export_foreign, foreign_format
-    from dspark_training.target import Target
-
     with one_line_errors():
+        from dspark_training.bundle.foreign import export_foreign, foreign_format
+        from dspark_training.target import Target
+
         loaded = None if target is None else Target.load(target)
         spec = export_foreign(source, directory, foreign_format(format), loaded, whole_vocabulary=whole_vocabulary)
     report(f"{directory}: {spec.architecture}")
@@ -123,11 +123,11 @@ def export(
 @bundle_app.command()
 def verify(bundle: _Bundle) -> None:
     """Compare every file of a bundle with its manifest, and its weights with its config.json."""
-    from dspark_training.bundle.manifest import check_manifest
-
-    from dspark_serving.drafters import check_weights, read_spec
-
     with one_line_errors():
+        from dspark_training.bundle.manifest import check_manifest
+
+        from dspark_serving.drafters import check_weights, read_spec
+
         check_manifest(bundle)
         check_weights(read_spec(bundle))
     report(f"{bundle} is as it was made")

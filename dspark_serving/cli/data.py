@@ -37,10 +37,10 @@ def prompts(
     batch_size: _BatchSize = 96,
 ) -> None:
     """Let the target write prompts; a second run goes on where the first stopped."""
-    from dspark_training.data.written import read_seeds, write_prompts
-    from dspark_training.target import Target
-
     with one_line_errors():
+        from dspark_training.data.written import read_seeds, write_prompts
+        from dspark_training.target import Target
+
         wanted = _counts(count)
         kinds = read_seeds(seeds)
         with _progress("prompts") as progress:
@@ -58,11 +58,11 @@ def code_prompts(
     seed: _Seed = 7,
 ) -> None:
     """Make prompts "complete this function" from the documented functions of Python sources; mind their licence."""
-    from dspark_training.data.code_prompts import code_prompts as make
-    from dspark_training.data.prompts import save_prompts
-    from dspark_training.data.skipped import Skipped
-
     with one_line_errors():
+        from dspark_training.data.code_prompts import code_prompts as make
+        from dspark_training.data.prompts import save_prompts
+        from dspark_training.data.skipped import Skipped
+
         skipped = Skipped(out.with_suffix(".skipped.jsonl"))
         found = make(directory, skipped, limit=limit, seed=seed)
         save_prompts(out, found)
@@ -91,14 +91,14 @@ def answers(
     seed: _Seed = 7,
 ) -> None:
     """Let the target answer; a second run goes on where the first stopped. The server's key is in OPENAI_API_KEY."""
-    from dspark_training.data.answers import answer
-    from dspark_training.data.chat import ChatTemplate
-    from dspark_training.data.prompts import read_prompts
-    from dspark_training.data.remote import Server, answer_remotely
-    from dspark_training.data.skipped import Skipped
-    from dspark_training.target import Target
-
     with one_line_errors():
+        from dspark_training.data.answers import answer
+        from dspark_training.data.chat import ChatTemplate
+        from dspark_training.data.prompts import read_prompts
+        from dspark_training.data.remote import Server, answer_remotely
+        from dspark_training.data.skipped import Skipped
+        from dspark_training.target import Target
+
         if server is None and (top_p != 1 or model is not None):
             raise OptionError("--top-p and --model without --server", expected="--server URL", fix="Leave them out.")
         skipped = Skipped(out.with_suffix(".rows.skipped.jsonl"))
@@ -153,11 +153,11 @@ def build(
     ] = None,
 ) -> None:
     """Write samples into one tokenised store that is memory-mapped."""
-    from dspark_training.data.chat import ChatTemplate
-    from dspark_training.data.skipped import Skipped
-    from dspark_training.data.tokens import build as build_store
-
     with one_line_errors():
+        from dspark_training.data.chat import ChatTemplate
+        from dspark_training.data.skipped import Skipped
+        from dspark_training.data.tokens import build as build_store
+
         skipped = Skipped(out.with_name(f"{out.name}.skipped.jsonl"))
         template = None if target is None else ChatTemplate.load(target, thinking)
         made = build_store(sources, out, skipped, template=template, max_tokens=max_tokens)
@@ -176,11 +176,11 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Show lengths, domains, duplicates, and overlap with evaluation prompts."""
-    from dspark_training.data.chat import ChatTemplate
-    from dspark_training.data.skipped import Skipped
-    from dspark_training.data.stats import stats as look
-
     with one_line_errors():
+        from dspark_training.data.chat import ChatTemplate
+        from dspark_training.data.skipped import Skipped
+        from dspark_training.data.stats import stats as look
+
         skipped = Skipped(None)
         decode = None if target is None else ChatTemplate.load(target).tokenizer.decode
         found = look(path, skipped, against or [], decode)

@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dspark_serving.assets.store import checkpoint_name
 from dspark_serving.bench.results import ResultFile, Row
 from dspark_serving.cli.bench import numbers
 from dspark_serving.cli.console import console, one_line_errors, report
@@ -76,7 +77,7 @@ def evaluate(
         file = ResultFile(output.stem, output)
         with _Bars() as bars:
             name = str(target) if target else "that of the server"
-            evaluation = Evaluation(_short(name), datasets, temperatures, max_tokens, work, bars.show)
+            evaluation = Evaluation(checkpoint_name(name), datasets, temperatures, max_tokens, work, bars.show)
             if url:
                 subjects: list[Subject] = _servers(url, concurrency, seed)
             elif target:
@@ -118,6 +119,14 @@ def _check(
                 expected="--dataset, and --target with --drafter, or --url; --walk at temperature 0; bf16 or fp32",
                 fix="See `dspark evaluate --help`.",
             )
+    names = [text.partition("=")[0] for text in dataset or []]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(
+            f"two datasets are called {twice}",
+            expected="each --dataset by a name of its own",
+            fix="Leave one out, or name its file otherwise: --dataset NAME=FILE.jsonl.",
+        )
 
 
 def _local(
@@ -137,7 +146,7 @@ def _local(
     target = Target.load(target_path, torch.bfloat16 if dtype == "bf16" else torch.float32)
     off = LocalSubject(PLAIN, target, None, batch_size=batch, seed=seed)
     subjects: list[Subject] = [off] if plain or walk else []
-    names = _distinct_names([_short(str(path)) for path in drafters])
+    names = _distinct_names([checkpoint_name(path) for path in drafters])
     for name, path in zip(names, drafters, strict=True):
         loaded = load_drafter(path, target, target_path)
         if walk:
@@ -193,12 +202,6 @@ def _show(rows: Sequence[Row]) -> None:
             for line in lines:
                 table.add_row(*line)
             console.print(table)
-
-
-def _short(path: str) -> str:
-    """A checkpoint's own name; those in the cache lie in a directory named after their dtype."""
-    last = Path(path)
-    return last.parent.name if last.name in ("bf16", "fp32") else last.name
 
 
 def _distinct_names(names: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from dspark_serving.recording.file import Recording, describe, write_recording
 from dspark_serving.recording.rounds import NEVER, Round, Snapshot
 from dspark_serving.recording.state import capture
 from dspark_serving.scheduler.catalog import PolicyParts
-from dspark_serving.scheduler.round import Batch, Outcome, Plan, Policy
+from dspark_serving.scheduler.round import Batch, Outcome, Plan, Policy, Terms
 from dspark_serving.scheduler.survival import sanitise
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class FlightRecorder:
 
     def _new_path(self) -> Path:
         self._dumps += 1
-        return self._directory / f"rounds-{time.strftime('%Y%m%d-%H%M%S')}-{self._dumps}.npz"
+        return self._directory / f"rounds-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._dumps}.npz"
 
     def _keep_snapshot(self) -> None:
         self._snapshots.append(Snapshot(self.moment, capture(policy=self._policy, cost=self._parts.cost)))
@@ -179,6 +180,10 @@ class RecordedPolicy:
                 entry.confidence_RG, entry.admitted_R = confidence_RG, verify_lens_R
                 entry.admitted = self._recorder.tick()
         return verify_lens_R
+
+    def terms(self, batch: Batch) -> Terms | None:
+        """As the policy inside."""
+        return self.policy.terms(batch)
 
     def observe(self, outcome: Outcome) -> None:
         """As the policy inside; `outcome.batch` has to be the object that the round was planned with."""

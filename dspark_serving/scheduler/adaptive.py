@@ -20,7 +20,7 @@ from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.floors import SpeedFloors
 from dspark_serving.scheduler.gate import DraftGate, SlowRatio, TimeBias, regime
 from dspark_serving.scheduler.outlook import Prospect, weigh
-from dspark_serving.scheduler.round import Batch, Outcome, Plan
+from dspark_serving.scheduler.round import Batch, Outcome, Plan, Terms
 from dspark_serving.scheduler.survival import AcceptancePrior, HostHistory, Recalibration, calibrated
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ one of each, more of them by that of every second, third, ... in turn."""
 
 _FEW = 8
 """Requests of a batch that is too small to be judged by the drafts which pay."""
+
+_SURPRISE = 0.15
+"""Logarithm of measured over predicted seconds beyond which a plain round is soon followed by another one."""
 
 
 @dataclass
@@ -77,18 +80,14 @@ class AdaptivePolicy:
         self._floors = SpeedFloors(slots, everyone=speed_floor)
         self._greedy_realism = SlowRatio(strength=16.0, memory=512.0)
         self._sampled_realism = SlowRatio(strength=16.0, memory=512.0)
-        self._draft_time, self._plain_time = TimeBias(), TimeBias()
+        self._draft_time = TimeBias(prior=2.0)
+        self._plain_time = TimeBias(prior=0.5)  # rarely looked at while drafts pay: each look has to count
         self._totals: dict[int, Totals] = {}
         self._warned: set[str] = set()
 
     def realism(self, *, sampled: bool) -> float:
         """Accepted drafts by expected ones, lately, of sampled or greedy traffic: 1 when the confidences are right."""
         return (self._sampled_realism if sampled else self._greedy_realism).value
-
-    @property
-    def prior_survival_G(self) -> np.ndarray:
-        """What is expected of a request that nothing is known of."""
-        return self._prior.survival_G
 
     # ---- before the drafts
 
@@ -163,6 +162,14 @@ class AdaptivePolicy:
         confidence_RG, _ = self._calibrated(batch, confidence_RG)
         return admit(values(confidence_RG, self._floors.demands(batch).weight_R), plan.price, plan.capacity)
 
+    def terms(self, batch: Batch) -> Terms | None:
+        """Weights, raised where a floor is not met, and the calibration as learned so far."""
+        if self._calibration is None:
+            return None
+        weight_R = self._floors.demands(batch).weight_R
+        ones_R = np.ones(batch.requests, dtype=np.float32)
+        return Terms(ones_R if weight_R is None else weight_R, self._calibration.line_2BG)
+
     def _calibrated(self, batch: Batch, confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
         calibrate = None if self._calibration is None else self._calibration.apply
         return calibrated(confidence_RG, batch.temperature_R, calibrate)
@@ -216,8 +223,10 @@ class AdaptivePolicy:
         if self._cost.known:  # against the refined model: what it learns by itself needs no second correction
             load = regime(requests, sampled)
             bias, other = (self._draft_time, self._plain_time) if drafted else (self._plain_time, self._draft_time)
-            bias.observe(load, seconds, self._cost.seconds(requests, tokens, context, drafted, sampled))
+            error = bias.observe(load, seconds, self._cost.seconds(requests, tokens, context, drafted, sampled))
             other.doubt(load)
+            if not drafted and abs(error) > _SURPRISE:
+                self._gate.surprised(load)
         self._floors.observe(batch, outcome.accepted_R + 1, seconds)
 
     def _reject(self, what: str) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 
 from dspark_serving.scheduler.admission import admit, values
 from dspark_serving.scheduler.cost import CostModel
-from dspark_serving.scheduler.round import Batch, Outcome, Plan
+from dspark_serving.scheduler.round import Batch, Outcome, Plan, Terms
 from dspark_serving.scheduler.survival import Calibrate, calibrated
 
 
 class _Unlearning:
     """A policy that decides alike in every round."""
+
+    def terms(self, batch: Batch) -> Terms | None:
+        """Only `admit` knows."""
+        return None
 
     def observe(self, outcome: Outcome) -> None:
         """Learns nothing."""
@@ -53,9 +58,13 @@ class ThresholdPolicy(_Unlearning):
 
     name = "threshold"
 
-    def __init__(self, threshold: float, calibrate: Calibrate | None = None) -> None:
+    def __init__(
+        self, threshold: float, calibrate: Calibrate | None = None, line_2BG: np.ndarray | None = None
+    ) -> None:
+        """`line_2BG`: what `calibrate` does, as `Terms` have it."""
         self.threshold = threshold
         self._calibrate = calibrate
+        self._line_2BG = line_2BG
 
     def plan(self, batch: Batch) -> Plan:
         """Draft, at the threshold as price."""
@@ -65,6 +74,10 @@ class ThresholdPolicy(_Unlearning):
         """Requests weigh alike."""
         confidence_RG, _ = calibrated(confidence_RG, batch.temperature_R, self._calibrate)
         return admit(values(confidence_RG), plan.price, confidence_RG.size)
+
+    def terms(self, batch: Batch) -> Terms | None:
+        """Requests weigh alike."""
+        return None if self._line_2BG is None else Terms(np.ones(batch.requests, dtype=np.float32), self._line_2BG)
 
 
 class Algorithm1Policy(_Unlearning):
@@ -82,7 +95,10 @@ class Algorithm1Policy(_Unlearning):
 
     def plan(self, batch: Batch) -> Plan:
         """Draft; the amount is decided with the confidences at hand."""
-        return _everything(batch, self.name if self._cost.known else "no-cost-data")
+        if not self._cost.known:
+            return _everything(batch, "no-cost-data")
+        # At price 0 the engine verifies everything and asks no further.
+        return _everything(batch, self.name)._replace(price=sys.float_info.min)
 
     def admit(self, batch: Batch, plan: Plan, confidence_RG: np.ndarray) -> np.ndarray:
         """Full verification while there is no data to tell the step time from."""

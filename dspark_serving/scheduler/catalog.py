@@ -44,7 +44,8 @@ def make_policy(name: str, parts: PolicyParts, recalibration: OnlineCalibration 
         case "full":
             return FullPolicy()
         case "threshold":
-            return ThresholdPolicy(parts.threshold, _frozen(parts.calibration))
+            line_2BG = OnlineCalibration(parts.calibration).line_2BG
+            return ThresholdPolicy(parts.threshold, _frozen(parts.calibration), line_2BG)
         case "algorithm1":
             return Algorithm1Policy(parts.cost, _frozen(parts.calibration))
         case "off":

@@ -11,8 +11,8 @@ import numpy as np
 Verdict = Literal["draft", "off", "warm-up", "probe", "plain-probe"]
 
 
-_FIRST_PLAIN = 8
-"""Drafting rounds at a new load before the first plain one."""
+_FIRST_PLAIN = 4
+"""Drafting rounds at a new load before the first plain one, and after a plain one that took an unexpected time."""
 _PATIENCE = 16
 """Rounds for which a look waits for one without new requests."""
 _SPREAD = 0.6
@@ -117,6 +117,10 @@ class DraftGate:
         """A round's outcome has become known."""
         self._drafted += drafted
 
+    def surprised(self, load: int) -> None:
+        """A plain round at this load took another time than predicted: one was not enough to learn from."""
+        self._until_plain_M[load] = self._plain_interval_M[load] = _FIRST_PLAIN
+
     def _while_drafting(self, advantage: float, requests: int, context: int, sampled: int) -> Verdict:
         if advantage * (1.0 + self._doubt(requests)) < 1.0:
             if self._by_prediction and self._drafted < 32:
@@ -206,11 +210,11 @@ class TimeBias:
     """Measured over predicted seconds of one way of decoding, by load (see `regime`).
 
     The mean logarithm, of clipped samples, so that no hiccup moves it far. A load that was not met yet has the bias
-    that was seen last.
+    that was seen last, which counts as `prior` samples.
     """
 
-    def __init__(self, *, clip: float = 0.4, slowest: float = 1 / 32) -> None:
-        self._clip, self._slowest = clip, slowest
+    def __init__(self, *, prior: float, clip: float = 0.4, slowest: float = 1 / 32) -> None:
+        self._prior, self._clip, self._slowest = prior, clip, slowest
         self._log_M = np.zeros(REGIMES)
         self._seen_M = np.zeros(REGIMES)
         self._met_M = np.zeros(REGIMES, dtype=bool)
@@ -220,14 +224,15 @@ class TimeBias:
         """The factor that predictions should have had."""
         return math.exp(self._log(load))
 
-    def observe(self, load: int, measured: float, predicted: float) -> None:
-        """Add a round; both > 0."""
+    def observe(self, load: int, measured: float, predicted: float) -> float:
+        """Add a round, both > 0; returns the logarithm by which it was unexpected."""
         error = math.log(measured / predicted) - self._log(load)
-        weight = max(1.0 / (float(self._seen_M[load]) + 3.0), self._slowest)
+        weight = max(1.0 / (float(self._seen_M[load]) + 1.0 + self._prior), self._slowest)
         self._last = self._log(load) + weight * min(max(error, -self._clip), self._clip)
         self._log_M[load] = self._last
         self._met_M[load] = True
         self._seen_M[load] += 1.0
+        return error
 
     def doubt(self, load: int) -> None:
         """A round was decoded the other way: the older what was seen here, the more the next sample counts."""

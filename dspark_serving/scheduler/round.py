@@ -51,6 +51,13 @@ class Plan(NamedTuple):
     expected_seconds: float  # of the whole round; nan when nothing is known
 
 
+class Terms(NamedTuple):
+    """What a policy ranks by, beside price and capacity, where the confidences stay on the accelerator."""
+
+    weight_R: np.ndarray  # float32, finite: value of a token of each request
+    line_2BG: np.ndarray  # float32: factor and addend of raw logits by temperature band and position
+
+
 class Outcome(NamedTuple):
     """What became of a round."""
 
@@ -78,6 +85,10 @@ class Policy(Protocol):
 
         Causal: whether position k is verified depends on nothing that is known only from x_k on.
         """
+        ...
+
+    def terms(self, batch: Batch) -> Terms | None:
+        """What `admit` goes by, for admission on the accelerator; None where the plan and this do not say it all."""
         ...
 
     def observe(self, outcome: Outcome) -> None:

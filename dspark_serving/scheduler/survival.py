@@ -18,6 +18,11 @@ _ONE = np.float32(1.0).view(np.uint32)
 class Recalibration(Protocol):
     """A calibration that learns from what became of the drafts."""
 
+    @property
+    def line_2BG(self) -> np.ndarray:
+        """Factor and addend of raw logits for each temperature band and position, float32: what `apply` does."""
+        ...
+
     def apply(self, confidence_RG: np.ndarray, temperature_R: np.ndarray) -> np.ndarray:
         """Calibrated confidences, [R, G]."""
         ...

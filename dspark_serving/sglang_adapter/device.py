@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from dspark_kernels.admission import AdmissionBuffers, AdmissionInputs, admit_and_pack
 
-from dspark_serving.scheduler.recalibration import OnlineCalibration, bands
-from dspark_serving.scheduler.round import Batch, Plan
+from dspark_serving.scheduler.recalibration import BANDS, bands
+from dspark_serving.scheduler.round import Batch, Plan, Terms
 
 
 class HostCopy:
@@ -34,13 +34,11 @@ class DeviceAdmission:
 
     Args:
         requests: most requests of a batch.
-        calibration: of the confidences, as learned from the rounds that are finished when a batch is admitted.
+        gamma: drafted tokens a block.
     """
 
-    def __init__(self, requests: int, calibration: OnlineCalibration, device: torch.device | str) -> None:
-        self._calibration = calibration
-        factor_BG, addend_BG = (torch.tensor(part_BG, device=device) for part_BG in calibration.line_2BG)
-        gamma = factor_BG.shape[1]
+    def __init__(self, requests: int, gamma: int, device: torch.device | str) -> None:
+        factor_BG, addend_BG = torch.zeros(2, len(BANDS), gamma, device=device)
         self._buffers = AdmissionBuffers(requests, gamma, device)
         self._inputs = AdmissionInputs(
             torch.ones(requests, gamma, dtype=torch.float32, device=device),
@@ -53,14 +51,14 @@ class DeviceAdmission:
             torch.zeros((), dtype=torch.int32, device=device),
         )
 
-    def __call__(self, confidence_RG: torch.Tensor, plan: Plan, batch: Batch) -> torch.Tensor:
+    def __call__(self, confidence_RG: torch.Tensor, plan: Plan, batch: Batch, terms: Terms) -> torch.Tensor:
         """Verify lengths [R] int32 on the device; valid until the next call."""
         requests = len(confidence_RG)
         confidence, factor_BG, addend_BG, band, weight, price, capacity, live = self._inputs
         confidence[:requests].copy_(confidence_RG)
         bands_R = bands(batch.temperature_R).astype(np.int32)
         for source, goal in zip(
-            (*self._calibration.line_2BG, bands_R, batch.weight_R),
+            (*terms.line_2BG, bands_R, terms.weight_R),
             (factor_BG, addend_BG, band[:requests], weight[:requests]),
             strict=True,
         ):

@@ -15,7 +15,9 @@ from sglang.kernels.ops.speculative.dspark.dspark_schedule import schedule_verif
 from sglang.srt.speculative.dspark_components.dspark_planner import DSparkScheduleConfig, HostConfidenceBudgetPlanner
 from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable
 
-from dspark_serving.scheduler.round import Batch, Outcome, Plan
+from dspark_serving.scheduler.recalibration import BANDS
+from dspark_serving.scheduler.round import Batch, Outcome, Plan, Terms
+from dspark_serving.scheduler.survival import sanitise
 
 
 class StepCost(Protocol):
@@ -61,6 +63,8 @@ class NativeBudgetPolicy:
         )
         self._confidence_SG = torch.zeros(slots, gamma)
         self._generation_S = torch.full((slots,), -1, dtype=torch.int64)
+        self._line_2BG = np.zeros((2, len(BANDS), gamma), dtype=np.float32)
+        self._line_2BG[0] = 1.0
 
     def plan(self, batch: Batch) -> Plan:
         """SGLang's `prepare_verify_budget`."""
@@ -81,10 +85,14 @@ class NativeBudgetPolicy:
     def admit(self, batch: Batch, plan: Plan, confidence_RG: np.ndarray) -> np.ndarray:
         """The best `capacity` of this round's confidences."""
         chosen_R = schedule_verify_lens_topk(
-            confidence=torch.from_numpy(confidence_RG), budget=plan.capacity, cfg=self._config
+            confidence=torch.from_numpy(sanitise(confidence_RG)[0]), budget=plan.capacity, cfg=self._config
         )
         lens_R: np.ndarray = chosen_R.numpy()
         return lens_R
+
+    def terms(self, batch: Batch) -> Terms | None:
+        """Confidences as they are, requests alike."""
+        return Terms(np.ones(batch.requests, dtype=np.float32), self._line_2BG)
 
     def observe(self, outcome: Outcome) -> None:
         """Keep the confidences for the rounds to come."""

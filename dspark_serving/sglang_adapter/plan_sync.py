@@ -53,3 +53,11 @@ class PlanSync:
         message = torch.tensor([flag], dtype=torch.uint8)
         dist.broadcast(message, src=self._source, group=self._group)
         return bool(message.item())
+
+    def unanimous(self, flag: bool) -> bool:
+        """Whether every rank's `flag` is set."""
+        if self._group is None:
+            return flag
+        message = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(message, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(message.item())

@@ -103,11 +103,12 @@ class PolicyPlanner(DSparkVerifyPlanner):
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor:
+        terms = None if self.device_admission is None else self.policy.terms(self.batch)
         if self.confidence_RG is None:
             verify_lens = torch.ones(self.batch.requests, dtype=torch.int32, device=device)
-        elif self.device_admission is not None and confidence is not None:
-            verify_lens = self.device_admission(confidence, self.plan, self.batch)
-        else:
+        elif self.device_admission is not None and terms is not None and confidence is not None:
+            verify_lens = self.device_admission(confidence, self.plan, self.batch, terms)
+        else:  # on an accelerator this waits for the drafts
             lens_R = self.policy.admit(self.batch, self.plan, self.confidence_RG.numpy())
             verify_lens = torch.from_numpy(lens_R).to(device)
         self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)

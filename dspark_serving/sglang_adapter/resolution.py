@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
     Raises:
         CheckpointError: the drafter is missing, damaged, or does not fit the target.
         DataError: the drafter's survival map cannot be used.
-        OptionError: no drafter is given, it is of another family than the algorithm, or an option is for a confidence
-            head that it lacks.
+        OptionError: no drafter is given, it is of another family than the algorithm, an option is for a confidence
+            head that it lacks or for another block size, a way to deploy is not supported, or recordings cannot be
+            written.
     """
     name = (server_args.speculative_algorithm or "").upper()
     wanted = next((family for family, algorithm in ALGORITHMS.items() if algorithm == name), None)
@@ -57,8 +59,11 @@ def prepare(server_args: Any, config: ServingConfig) -> None:
             _declare(server_args, speculative_algorithm=None, speculative_draft_model_path=None)
         return
     if wanted:
+        _check_deployment(server_args, cpu=cpu)
+        _check_recording(config)
         spec = check_drafter(server_args.model_path, server_args.speculative_draft_model_path, wanted)
         _check_estimates(server_args, spec)
+        _check_block_size(server_args, spec)
         os.environ.setdefault(RAGGED_MODE, "compact")
         view = make_view(spec, cache_root())
         # All families run in SGLang's DSPARK worker: only that has ragged verification.
@@ -99,6 +104,49 @@ def check_drafter(model_path: str, draft_path: str | None, family: str) -> Draft
 def survival_map_of(spec: DrafterSpec) -> SurvivalMap | None:
     """What judges the drafts from their distributions; None where the confidence head does."""
     return survival_map.survival_map_beside(spec.path, spec.gamma, has_head=spec.has_confidence)
+
+
+def _check_deployment(server_args: Any, *, cpu: bool) -> None:
+    """Refuse what the plan of a round does not reach: it is made once for a batch that all ranks share."""
+    found: dict[str, tuple[Any, Any]] = {
+        "--disaggregation-mode": (server_args.disaggregation_mode, "null"),
+        "--enable-dp-attention": (server_args.enable_dp_attention, False),
+        "--pp-size": (server_args.pp_size, 1),
+    }
+    if cpu:
+        found["--tp-size"] = (server_args.tp_size, 1)  # the draft chain reads the whole head
+    for name, (given, supported) in found.items():
+        if given != supported:
+            raise OptionError(
+                f"{name} is {given}{' without an accelerator' if name == '--tp-size' else ''}",
+                expected=f"{supported}: dspark-serving does not serve this way",
+                fix=f"Drop {name}, or serve as SGLang does with {flag('disable')}.",
+            )
+
+
+def _check_recording(config: ServingConfig) -> None:
+    if config.recording is None:
+        return
+    try:
+        config.recording.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.recording):
+            pass
+    except OSError as error:
+        raise OptionError(
+            f"{flag('recording')} {config.recording}: {error.strerror}",
+            expected="a directory that the server may write to",
+            fix="Name another one, or change its rights.",
+        ) from error
+
+
+def _check_block_size(server_args: Any, spec: DrafterSpec) -> None:
+    given = server_args.speculative_dspark_block_size
+    if given not in (None, spec.gamma):
+        raise OptionError(
+            f"--speculative-dspark-block-size is {given}, {spec.path} drafts {spec.gamma} tokens",
+            expected="the drafter's own block size; fewer are verified where that pays",
+            fix="Drop the option.",
+        )
 
 
 def _check_estimates(server_args: Any, spec: DrafterSpec) -> None:

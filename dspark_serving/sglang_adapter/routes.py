@@ -16,6 +16,8 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from dspark_serving.config import POLICIES, PolicyName
 
 POLICY_KEY, THRESHOLD_KEY, DUMP_KEY = "dspark_policy", "dspark_threshold", "dspark_dump"
+AS_STARTED = -1.0
+"""In the place of a threshold: the one that the server was started with."""
 
 
 class PolicyRequest(BaseModel):
@@ -44,8 +46,8 @@ def router(state: Callable[[], Any]) -> APIRouter:
     async def set_policy(request: PolicyRequest) -> dict[str, Any]:
         """Use another policy from the next round on; requests go on where they are."""
         values: dict[str, int | float] = {POLICY_KEY: POLICIES.index(request.policy)}
-        if request.threshold is not None:
-            values = {THRESHOLD_KEY: request.threshold} | values
+        if request.policy == "threshold":
+            values = {THRESHOLD_KEY: AS_STARTED if request.threshold is None else request.threshold} | values
         await update(values)
         return {"policy": request.policy}
 

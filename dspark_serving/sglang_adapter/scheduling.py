@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.dspark_components.dspark_planner import ragged_capture_num_tokens
 
 from dspark_serving import __version__
 from dspark_serving.assets.store import cache_root
-from dspark_serving.config import POLICIES, PolicyName, ServingConfig
-from dspark_serving.errors import DataError
+from dspark_serving.config import POLICIES, PolicyName, ServingConfig, flag
+from dspark_serving.errors import DataError, OptionError
 from dspark_serving.recording import FlightRecorder
 from dspark_serving.scheduler.adaptive import AdaptivePolicy
 from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
@@ -25,7 +25,7 @@ from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Policy
 from dspark_serving.sglang_adapter import options, resolution
 from dspark_serving.sglang_adapter.profile import profile_engine, relative_error
-from dspark_serving.sglang_adapter.routes import DUMP_KEY, POLICY_KEY, THRESHOLD_KEY
+from dspark_serving.sglang_adapter.routes import AS_STARTED, DUMP_KEY, POLICY_KEY, THRESHOLD_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +36,27 @@ _TOLERATED_ERROR = 0.25
 class Repertoire:
     """The policies of a server. Each keeps what it learned while another one is in force."""
 
-    def __init__(self, parts: PolicyParts) -> None:
+    def __init__(self, parts: PolicyParts, lag: int = 1) -> None:
+        """`lag`: rounds after which a round's outcome is known."""
         self.parts = parts
+        self._lag = lag
+        self._threshold = parts.threshold
         self.recalibration = OnlineCalibration(parts.calibration)
         self._made: dict[PolicyName, Policy] = {}
 
     def get(self, name: PolicyName) -> Policy:
-        """One of the scheduler's own policies, or SGLang's."""
+        """One of the scheduler's own policies, or SGLang's.
+
+        Raises:
+            OptionError: SGLang's, and there are no step times to make its table of.
+        """
         if name not in self._made:
             self._made[name] = self._make(name)
         return self._made[name]
 
-    def set_threshold(self, threshold: float) -> None:
-        """For policy threshold, the next time it is put in force."""
-        self.parts = self.parts._replace(threshold=threshold)
+    def set_threshold(self, threshold: float | None) -> None:
+        """For policy threshold, the next time it is put in force; None: the one that the server was started with."""
+        self.parts = self.parts._replace(threshold=self._threshold if threshold is None else threshold)
         self._made.pop("threshold", None)
 
     def facts(self) -> dict[str, float]:
@@ -75,9 +82,15 @@ class Repertoire:
     def _make(self, name: PolicyName) -> Policy:
         if name != "native":
             return make_policy(name, self.parts, self.recalibration)
+        if not self.parts.cost.known:
+            raise OptionError(
+                "policy native without step times",
+                expected=f"a server that measured its rounds at start-up ({flag('profile_seconds')} above 0)",
+                fix="Start it with the profile, or choose another policy.",
+            )
         from dspark_serving.sglang_adapter.native_budget import NativeBudgetPolicy
 
-        return NativeBudgetPolicy(self.parts.gamma, self.parts.slots, self.parts.cost)
+        return NativeBudgetPolicy(self.parts.gamma, self.parts.slots, self.parts.cost, lag=self._lag)
 
 
 def start(scheduler: Any) -> None:
@@ -101,7 +114,8 @@ def start(scheduler: Any) -> None:
         speed_floor=config.speed_floor,
     )
     recorder = None if config.recording is None else FlightRecorder(config.recording)
-    worker.start_scheduling(Repertoire(parts), recorder)
+    lag = 1 if get_schedule().disable_overlap_schedule else 2
+    worker.start_scheduling(Repertoire(parts, lag), recorder)
     worker.use(worker.repertoire.get(config.policy))
 
 
@@ -113,6 +127,10 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
             raise UpdateRejected(f"{key} is {value}; expected a number below {len(POLICIES)}, of {POLICIES}.")
         if worker.repertoire is None:
             raise UpdateRejected("there are no confidences here, so nothing but full verification is possible.")
+        try:
+            worker.repertoire.get(POLICIES[value])
+        except OptionError as error:
+            raise UpdateRejected(str(error)) from error
 
     def set_policy(key: str, value: Any) -> None:
         worker.use(worker.repertoire.get(POLICIES[value]))
@@ -120,23 +138,24 @@ def update_handlers(worker: Any) -> dict[str, _UpdateHandler]:
 
     def check_threshold(key: str, value: Any) -> None:
         check_policy(key, 0)
-        if not 0.0 <= value <= 1.0:
+        if not 0.0 <= value <= 1.0 and value != AS_STARTED:
             raise UpdateRejected(f"{key} is {value}; expected a number from 0 to 1.")
 
     def set_threshold(key: str, value: Any) -> None:
-        worker.repertoire.set_threshold(float(value))
-
-    def check_dump(key: str, value: Any) -> None:
-        if worker.recorder is None:
-            raise UpdateRejected("nothing is recorded; expected a server with --dspark-recording DIRECTORY.")
+        worker.repertoire.set_threshold(None if value == AS_STARTED else float(value))
 
     def dump(key: str, value: Any) -> None:
-        logger.info("recording written to %s", worker.recorder.dump())
+        if worker.recorder is None:
+            raise UpdateRejected(f"nothing is recorded; expected a server with {flag('recording')} DIRECTORY.")
+        try:
+            worker.recorder.dump()
+        except OSError as error:
+            raise UpdateRejected(f"the recording could not be written: {error}") from error
 
     return {
         POLICY_KEY: _UpdateHandler(check_policy, set_policy),
         THRESHOLD_KEY: _UpdateHandler(check_threshold, set_threshold),
-        DUMP_KEY: _UpdateHandler(check_dump, dump),
+        DUMP_KEY: _UpdateHandler(dump, lambda key, value: None),  # only the first step can still refuse
     }
 
 
@@ -152,8 +171,9 @@ def _costs(scheduler: Any, config: ServingConfig, key: CostKey, carried: Path | 
             cost = load_cost(place, key)
         except DataError as error:
             logger.warning("%s Measuring again.", error)
-            continue
-        if cost is not None and _holds(scheduler, cost, config.profile_seconds):
+            cost = None
+        found = scheduler.draft_worker.all_say(cost is not None)  # ranks on another machine have another cache
+        if cost is not None and found and _holds(scheduler, cost, config.profile_seconds):
             logger.info("step times from %s", place / key.file_name)
             return cost
     if config.profile_seconds == 0:

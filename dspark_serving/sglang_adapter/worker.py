@@ -47,7 +47,8 @@ class DsparkServingWorker(DSparkWorkerV2):
         self._late_commit: Any = None
         self.repertoire: Repertoire | None = None
         self.recorder: FlightRecorder | None = None
-        self._metrics = ServerMetrics(__version__) if server_args.enable_metrics else None
+        counts = server_args.enable_metrics and get_parallel().attn_tp_rank == 0  # Prometheus adds up processes
+        self._metrics = ServerMetrics(__version__) if counts else None
         spec = read_spec(resolution.local_directory(server_args.speculative_draft_model_path, "drafter"))
         with _our_parts(spec.family, on_cpu=self._on_cpu):
             super().__init__(server_args, gpu_id, nccl_port, target_worker, **kwargs)
@@ -91,7 +92,7 @@ class DsparkServingWorker(DSparkWorkerV2):
         self.recorder = recorder
         if not self._on_cpu:
             requests = get_schedule().max_running_requests
-            self._verify_planner.device_admission = DeviceAdmission(requests, repertoire.recalibration, self.device)
+            self._verify_planner.device_admission = DeviceAdmission(requests, self.gamma, self.device)
 
     @property
     def carries_confidence(self) -> bool:
@@ -156,6 +157,10 @@ class DsparkServingWorker(DSparkWorkerV2):
     def agree(self, flag: bool) -> bool:
         """The deciding rank's `flag`, on every rank: times differ from rank to rank."""
         return self._verify_planner.plan_sync.agree(flag)
+
+    def all_say(self, flag: bool) -> bool:
+        """Whether `flag` is set on every rank."""
+        return self._verify_planner.plan_sync.unanimous(flag)
 
     def any_rank_past(self, deadline: float) -> bool:
         """Whether the deciding rank's clock (time.monotonic) is past `deadline`: all ranks stop together."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from dspark_serving.scheduler.admission import admit, candidate_totals, values
-from dspark_serving.scheduler.round import Batch, Outcome, Plan
+from dspark_serving.scheduler.round import Batch, Outcome, Plan, Terms
 from dspark_serving.simulator.runner import Simulation
 
 _SAMPLES = 256  # requests' rounds by which a plan is judged
@@ -42,6 +42,10 @@ class OraclePolicy:
         """By the true survivals, whatever the confidences say."""
         true_RG = self._simulation.conditional(batch.slots_R).astype(np.float32)
         return admit(values(true_RG), plan.price, plan.capacity)
+
+    def terms(self, batch: Batch) -> Terms | None:
+        """Not by the confidences at all."""
+        return None
 
     def observe(self, outcome: Outcome) -> None:
         """Nothing to learn."""

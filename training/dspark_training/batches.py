@@ -53,21 +53,22 @@ def pools(samples: Sequence[Sample], optim: OptimConfig, seed: int, forwards: in
 
 def _groups(samples: Sequence[Sample], size: int, seed: int, to_skip: int) -> Iterator[Sequences]:
     """Endless groups of sequences of similar length, each epoch in another order."""
+    lengths = [len(sample.ids) for sample in samples]
     for epoch in itertools.count():
         rng = random.Random(f"epoch/{seed}/{epoch}")
-        order = list(samples)
+        order = list(range(len(lengths)))
         rng.shuffle(order)
-        groups = _similar_lengths(order, size)
+        groups = _similar_lengths(order, lengths, size)
         rng.shuffle(groups)
-        yield from (pad(group) for group in groups[to_skip:])
+        yield from (pad([samples[place] for place in group]) for group in groups[to_skip:])
         to_skip = max(0, to_skip - len(groups))
 
 
-def _similar_lengths(samples: list[Sample], size: int) -> list[list[Sample]]:
-    """Cut shuffled samples into groups of `size`, sorted by length within windows so that little is padded."""
+def _similar_lengths(order: list[int], lengths: list[int], size: int) -> list[list[int]]:
+    """Cut shuffled places into groups of `size`, sorted by length within windows so that little is padded."""
     window = size * 8
     groups = []
-    for start in range(0, len(samples), window):
-        part = sorted(samples[start : start + window], key=lambda s: len(s.ids))
+    for start in range(0, len(order), window):
+        part = sorted(order[start : start + window], key=lengths.__getitem__)
         groups += [part[i : i + size] for i in range(0, len(part), size)]
     return [g for g in groups if len(g) == size] or groups

@@ -23,6 +23,7 @@ from dspark_training.data.tokens import load_samples
 from dspark_training.features.compress import CODECS, deepspec_bytes_per_token
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
+from dspark_training.workdir import SAMPLES, is_complete
 
 _PROMPT_TOKENS = 64  # of a prompt that is not written yet
 _ANSWERS_SHARE = 0.3  # of the measurement
@@ -98,11 +99,11 @@ def make_plan(config: RunConfig, target: Target, work: Path, seconds: float) -> 
 def _data(config: RunConfig, target: Target, work: Path) -> tuple[int, float, float, int]:
     """Samples, mean tokens of a sample and of its prompt, and answers still to be generated."""
     data = config.data
-    given = data.samples is not None
-    kept = Path(data.samples) if data.samples is not None else work / "samples.jsonl"
-    done = load_samples(kept) if given or kept.exists() else []
-    prompts = [] if given else [p for name in data.prompts for p in read_prompts(name, Skipped(None))]
-    count = len(prompts) + (0 if given else sum(data.written_prompts.values()))
+    answered = data.samples is not None or is_complete(work)
+    kept = Path(data.samples) if data.samples is not None else work / SAMPLES
+    done = load_samples(kept) if answered or kept.exists() else []
+    prompts = [] if answered else [p for name in data.prompts for p in read_prompts(name, Skipped(None))]
+    count = len(prompts) + (0 if answered else sum(data.written_prompts.values()))
     count = min(count, data.max_samples or count)
     if not count and not done:
         raise DataError("no prompts", expected="data.samples, data.prompts or data.written_prompts", fix="Name some.")

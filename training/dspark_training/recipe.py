@@ -6,7 +6,6 @@ single fields. Later ones win, field by field.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Sequence
@@ -16,8 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dspark_serving.assets.store import checkpoint_name, sha256_of
 from dspark_serving.errors import OptionError
 from dspark_training.config import RunConfig
+from dspark_training.features.cache import target_fingerprint
 from dspark_training.target import Target
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -110,7 +111,8 @@ def complete_from(target: Target, fields: Fields) -> Fields:
     count = min(_FEATURE_LAYERS, last + 1)
     spread = sorted({round(min(1, last) + i * (last - min(1, last)) / max(1, count - 1)) for i in range(count)})
     drafter.setdefault("target_layer_ids", spread)
-    drafter.setdefault("mask_token_id", mask_token_id(target))
+    if "mask_token_id" not in drafter:
+        drafter["mask_token_id"] = mask_token_id(target)
     drafter.setdefault("draft_vocab_size", min(8192, c.vocab_size))
     layers = drafter.get("num_layers", 2)
     if isinstance(layers, int):
@@ -126,13 +128,16 @@ def complete_from(target: Target, fields: Fields) -> Fields:
 def mask_token_id(target: Target) -> int:
     """A token that text does not contain: a mask token, a special one outside the chat template, or the last unused id.
 
-    A full vocabulary without special tokens leaves an ordinary token, the last one that a greeting does not contain.
+    A full vocabulary without special tokens leaves an ordinary token, the last one that a greeting does not contain. A
+    target without a chat template has no greeting.
     """
     tokenizer, size = target.tokenizer, target.config.vocab_size
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < size:
         return int(tokenizer.mask_token_id)
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id}
-    used |= set(target.stop_ids) | set(target.chat_ids("Hello, how are you?"))
+    used |= set(target.stop_ids)
+    if getattr(tokenizer, "chat_template", None):
+        used |= set(target.chat_ids("Hello, how are you?"))
     special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i not in used and i < size]
     return int(max(special, default=next(i for i in reversed(range(size)) if i not in used)))
 
@@ -149,13 +154,15 @@ def validated(fields: Fields) -> RunConfig:
         ) from None
 
 
-def provenance(config: RunConfig, files: Iterable[Path]) -> Fields:
-    """What a result depends on: the resolved configuration, sha256 of data files, versions."""
-    names = ("torch", "transformers", "accelerate", "dspark-serving")
+def provenance(config: RunConfig, target: Target, files: Iterable[Path] = ()) -> Fields:
+    """What a result depends on: the resolved configuration, the target, sha256 of data files, versions."""
+    name = checkpoint_name(target.model.name_or_path) or "the target"
+    packages = ("torch", "transformers", "accelerate", "dspark-serving")
     return {
         "recipe": config.model_dump(mode="json"),
-        "data_sha256": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
+        "target": {"name": name, "fingerprint": target_fingerprint(target)},
+        "data_sha256": {str(path): sha256_of(path) for path in files if path.is_file()},
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in packages},
     }
 
 

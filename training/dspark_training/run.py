@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dspark_serving.errors import DataError
+from dspark_serving.errors import DataError, OptionError
 from dspark_training.bundle.finish import finish_bundle
 from dspark_training.bundle.lineage import earlier_runs
 from dspark_training.config import RunConfig
@@ -30,6 +29,7 @@ from dspark_training.processes import launched
 from dspark_training.recipe import provenance
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
+from dspark_training.workdir import SAMPLES, WRITTEN, claim, complete_samples, is_complete, mark_complete, write_run
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +54,21 @@ def run_recipe(
         One row per evaluation file (see evaluate_drafter); none in other processes than the first.
 
     Raises:
+        OptionError: `work` was made with another recipe or target, or two evaluation files have one name.
         DsparkError: a prompt file or the target cannot be used, or training diverged.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     processes = launched(target.model.device)
-    evaluation = {path.stem: read_prompts(path) for path in evaluation_files}
-    work.mkdir(parents=True, exist_ok=True)
+    evaluation = _evaluation_prompts(evaluation_files)
     with processes.one_after_first():
+        if processes.first:
+            claim(work, provenance(config, target))
         samples = _samples(config, target, work, on_answers)
     trainer = Trainer(config, target, samples, work, processes)
-    origin = provenance(config, _data_files(config, work))
+    origin = provenance(config, target, _data_files(config, work))
     if processes.first:
-        (work / "run.json").write_text(json.dumps(origin, indent=1))
+        write_run(work, origin)
     trainer.run(on_step)
     if not processes.first:
         return []
@@ -75,9 +77,24 @@ def run_recipe(
     )
 
 
-def _samples(config: RunConfig, target: Target, work: Path, on_answers: StageProgress) -> list[Sample]:
+def _evaluation_prompts(files: Sequence[Path]) -> dict[str, list[Prompt]]:
+    """Prompts of each file, by its name without ".jsonl"."""
+    names = [path.stem for path in files]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(
+            f"two evaluation files are called {twice}",
+            expected="files of different names: results are reported by them",
+            fix="Rename one, or leave it out.",
+        )
+    return {path.stem: read_prompts(path) for path in files}
+
+
+def _samples(config: RunConfig, target: Target, work: Path, on_answers: StageProgress) -> Sequence[Sample]:
     if config.data.samples is not None:
-        return list(load_samples(config.data.samples))
+        return load_samples(config.data.samples)
+    if is_complete(work):
+        return complete_samples(work)
     prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))
     return collect_samples(config, target, prompts, work, partial(on_answers, "answers by the target"))
 
@@ -102,7 +119,7 @@ def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path,
         target,
         read_seeds(root / data.openings),
         data.written_prompts,
-        output / "written_prompts.jsonl",
+        output / WRITTEN,
         seed=config.seed,
         batch_size=data.batch_size,
         progress=progress,
@@ -110,10 +127,16 @@ def collect_prompts(config: RunConfig, target: Target, root: Path, output: Path,
 
 
 def _data_files(config: RunConfig, work: Path) -> list[Path]:
+    """The files behind the samples, those in directories one by one; a dataset on the hub has none here."""
     if config.data.samples is not None:
-        store = Path(config.data.samples)
-        return sorted(path for path in store.iterdir() if path.is_file()) if store.is_dir() else [store]
-    return [*map(Path, config.data.prompts), work / "written_prompts.jsonl", work / "samples.jsonl"]
+        return _files(Path(config.data.samples))
+    # A split may stand behind a path, as in DIRECTORY@SPLIT.
+    given = [path if path.exists() else Path(str(path).partition("@")[0]) for path in map(Path, config.data.prompts)]
+    return [file for path in [*given, work / WRITTEN, work / SAMPLES] for file in _files(path)]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def _found(root: Path, name: str) -> str:
@@ -123,13 +146,13 @@ def _found(root: Path, name: str) -> str:
 
 def collect_samples(
     config: RunConfig, target: Target, prompts: list[Prompt], output: Path, progress: Progress
-) -> list[Sample]:
-    """Answers of the target to every prompt; resumes what an earlier run began."""
+) -> Sequence[Sample]:
+    """Answers of the target to every prompt, marked as complete; resumes what an earlier run began."""
     data = config.data
-    store = answer(
+    answer(
         target,
         prompts,
-        output / "samples.jsonl",
+        output / SAMPLES,
         greedy_share=data.greedy_share,
         temperature=data.temperature,
         max_new_tokens=data.max_new_tokens,
@@ -139,12 +162,14 @@ def collect_samples(
         max_samples=data.max_samples,
         progress=progress,
     )
-    return list(store)
+    samples = load_samples(output / SAMPLES)
+    mark_complete(output, len(samples))
+    return samples
 
 
 def evaluate_and_bundle(
     trainer: Trainer,
-    samples: list[Sample],
+    samples: Sequence[Sample],
     evaluation_prompts: dict[str, list[Prompt]],
     origin: dict[str, Any],
     bundle: Path,
@@ -153,7 +178,7 @@ def evaluate_and_bundle(
     """Measure a trained drafter and write its bundle; returns the evaluation's rows (see evaluate_drafter)."""
     config = trainer.config
     rows = evaluate_drafter(trainer, evaluation_prompts, trainer.output, progress)
-    facts = _facts(trainer, samples, rows)
+    facts = _facts(trainer, origin["target"]["name"], samples, rows)
     finish_bundle(
         bundle,
         config,
@@ -188,10 +213,14 @@ def evaluate_drafter(
             seed=trainer.config.seed,
             progress=progress,
         )
-        samples = [s for s in store if s.supervised > 1]
+        keys = {prompt.key for prompt in asked}  # an earlier call may have asked others
+        samples = [s for s in store if s.has_anchor and s.key.partition(".")[0] in keys]
         walks = walk_drafter(trainer.objective, trainer.source, samples)
         accepted = [n for w in walks for n in w.accepted]
         looked_up = [n for s in samples for n in walk_prompt_lookup(s, block_size).accepted]
+        if not accepted:
+            log.warning("no answer to %s has two tokens: nothing to evaluate there", dataset)
+            continue
         rows.append(
             {
                 "dataset": dataset,
@@ -206,14 +235,14 @@ def evaluate_drafter(
     return rows
 
 
-def _facts(trainer: Trainer, samples: list[Sample], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    domains = Counter(s.domain for s in samples)
-    temperatures = Counter("unknown" if s.temperature is None else f"{s.temperature:g}" for s in samples)
+def _facts(trainer: Trainer, target: str, samples: Sequence[Sample], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    told = [(s.domain, "unknown" if s.temperature is None else f"{s.temperature:g}", s.supervised) for s in samples]
+    domains, temperatures = Counter(domain for domain, _, _ in told), Counter(heat for _, heat, _ in told)
     return {
-        "target": Path(trainer.target.config._name_or_path).parent.name or "the target",
+        "target": target,
         "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
         "samples": len(samples),
-        "answer_tokens": sum(s.supervised for s in samples),
+        "answer_tokens": sum(tokens for _, _, tokens in told),
         "domains": ", ".join(f"{n} {d}" for d, n in domains.most_common()),
         "temperatures": ", ".join(f"{n} at {t}" for t, n in temperatures.most_common()),
         "steps": trainer.step,

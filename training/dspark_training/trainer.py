@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from dspark_training import checkpoint
 from dspark_training.batches import Draw, pools
 from dspark_training.config import RunConfig
 from dspark_training.data.blocks import Blocks, cut_blocks
-from dspark_training.data.store import Sample
+from dspark_training.data.store import Sample, split
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
 from dspark_training.features.cache import CachedFeatures, CacheIdentity, layer_columns
@@ -79,7 +79,7 @@ class Trainer:
         self,
         config: RunConfig,
         target: Target,
-        samples: list[Sample],
+        samples: Sequence[Sample],
         output: Path,
         processes: Processes | None = None,
     ) -> None:
@@ -88,9 +88,7 @@ class Trainer:
         self.config, self.target, self.output = config, target, output
         self.processes = processes or Processes()
         _check_split(config, self.processes.world)
-        held_out = max(1, round(len(samples) * config.data.validation_share))
-        ordered = sorted(samples, key=lambda s: s.key)  # by hash: the same split whatever the order of generation
-        self.train_samples, self.validation_samples = ordered[held_out:], ordered[:held_out]
+        self.train_samples, self.validation_samples = split(samples, config.data.validation_share)
         self.vocab, self.coverage = DraftVocab.most_frequent(
             self.train_samples, config.drafter.draft_vocab_size, target.config.vocab_size, target.stop_ids
         )
@@ -120,6 +118,7 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is not finite, or there is nothing to predict in the data.
+            DataError: no held-out answer has two tokens.
         """
         self._resume()
         first = self.processes.first
@@ -180,7 +179,8 @@ class Trainer:
                     raise TrainingError(
                         f"the loss is {loss.item()} at step {self.step}",
                         expected="a finite loss",
-                        fix="Run again to resume from the last checkpoint, with a lower optim.learning_rate.",
+                        fix="Set a lower optim.learning_rate and another --work; data.samples may name the "
+                        "samples.jsonl of this one.",
                     )
                 loss.backward()
             total += loss.detach()

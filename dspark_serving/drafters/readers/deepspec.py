@@ -1,4 +1,4 @@
-"""DeepSpec's checkpoints, and this project's bundles, which are the same plus a reduced draft vocabulary.
+"""DeepSpec's checkpoints, with a reduced draft vocabulary where draft_vocab.json stands beside them.
 
 Source: deepseek-ai/DeepSpec, deepspec/modeling/{dspark,eagle3}/{qwen3,gemma4}/{config,modeling}.py (MIT), read 2026-11.
 config.json is the target's own (text) config with the drafter's fields added at the top level. embed_tokens and lm_head

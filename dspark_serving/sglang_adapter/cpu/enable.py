@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dspark_serving.drafters import DrafterSpec
-from dspark_serving.errors import EnvironmentMismatchError
 from dspark_serving.sglang_adapter.cpu.commit import LateCommit
 
 
@@ -27,21 +26,13 @@ def register_backend() -> None:
 
 
 def prepare_worker(worker: Any, spec: DrafterSpec) -> LateCommit:
-    """Give the worker its draft chain and a late commit, and keep its draft layers off CUDA-only kernels.
-
-    Raises:
-        EnvironmentMismatchError: the target's head is split over several ranks.
-    """
+    """Give the worker its draft chain and a late commit, and keep its draft layers off CUDA-only kernels."""
     from dspark_serving.sglang_adapter.cpu.drafting import DraftChain
     from dspark_serving.sglang_adapter.models.block import NoMarkov
 
     for layer in worker.draft_model.layers:
         layer.self_attn.use_table_qk_norm_rope = False
     head = worker.draft_model.lm_head
-    if getattr(head, "tp_size", 1) != 1:
-        raise EnvironmentMismatchError(
-            "DSPARK without an accelerator runs on one rank", expected="--tp-size 1", fix="Drop --tp-size."
-        )
     token_ids = None if spec.draft_token_ids is None else torch.tensor(spec.draft_token_ids)
     rows = len(token_ids) if token_ids is not None and spec.own_head else spec.vocab_size  # SGLang pads the head
     markov_head = worker.draft_model.markov_head

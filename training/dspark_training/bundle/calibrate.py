@@ -20,8 +20,11 @@ from dspark_serving.scheduler.calibration_quality import Quality
 from dspark_serving.scheduler.survival_map import MapLabels, SurvivalMap, fit_survival_map
 from dspark_training.bundle.export import Confidence
 from dspark_training.bundle.rounds import HeldOutRounds
+from dspark_training.data.chat import ChatTemplate, TemplateMismatchError
 from dspark_training.data.conversation import Prompt
+from dspark_training.data.dialogue import Dialogue
 from dspark_training.data.generate import Request, complete
+from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import Sample
 from dspark_training.target import Target
 
@@ -116,15 +119,31 @@ def answered(
     batch_size: int,
     seed: int = 0,
 ) -> list[Sample]:
-    """Answers of the target to some prompts, to walk rounds over; in the order of the prompts."""
-    prompt_ids = [target.chat_ids(prompt.text) for prompt in prompts]
-    requests = [Request(str(i), ids, temperature, max_new_tokens) for i, ids in enumerate(prompt_ids)]
+    """The target's first answer to each prompt, to walk rounds over; in the order of the prompts.
+
+    Prompts that the chat template refuses are left out, with a warning.
+    """
+    dialogues = _dialogues(target, prompts, temperature)
+    requests = [Request(str(i), d.prompt_ids, temperature, max_new_tokens) for i, d in enumerate(dialogues)]
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, list[int]] = {}
     for batch in complete(target, requests, batch_size=batch_size, generator=generator):
         found |= {int(completion.key): completion.answer_ids for completion in batch}
     samples = []
-    for i, prompt in enumerate(prompts):
-        ids = prompt_ids[i] + found[i]
-        samples.append(Sample(prompt.key, prompt.domain, temperature, ids, [(len(prompt_ids[i]), len(ids))]))
+    for i, dialogue in enumerate(dialogues):
+        start, ids = len(dialogue.prompt_ids), dialogue.prompt_ids + found[i]
+        samples.append(Sample(dialogue.prompt.key, dialogue.prompt.domain, temperature, ids, [(start, len(ids))]))
     return [sample for sample in samples if sample.supervised > 1]
+
+
+def _dialogues(target: Target, prompts: Sequence[Prompt], temperature: float) -> list[Dialogue]:
+    template, skipped = ChatTemplate.of(target), Skipped(None)
+    dialogues = []
+    for prompt in prompts:
+        try:
+            dialogues.append(Dialogue(prompt, template, temperature))
+        except TemplateMismatchError as error:
+            skipped.add(error.problem, prompt.key, prompt._asdict())
+    if skipped.counts:
+        log.warning("prompts to calibrate on: %s", skipped.summary())
+    return dialogues

@@ -36,14 +36,15 @@ def finish_bundle(
 
     Args:
         scale_M: feature scale of training, which `source` applies and the bundle's `fc` takes over.
-        held_out: answers of the target that were not trained on; too few of them leave the drafter uncalibrated.
+        held_out: answers that were not trained on; too few of the target's own, drawn at a known temperature, leave the
+            drafter uncalibrated.
         facts: for the card, see `write_card`.
         provenance: written to training.json; `earlier` runs of the weights among it.
 
     Raises:
         CheckpointError, OptionError: see `export_bundle`.
     """
-    usable = [sample for sample in held_out if sample.supervised > 1]
+    usable = [sample for sample in held_out if sample.has_anchor and sample.temperature is not None]
     fitted = fit_and_score(held_out_rounds(target, drafter, source, vocab, usable)) if usable else None
     if fitted is not None:
         facts = facts | {"confidence": quality_section(fitted, len(usable))}

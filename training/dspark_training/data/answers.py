@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dspark_training.data.chat import ChatTemplate, Turn
+from dspark_training.data.chat import ChatTemplate, TemplateMismatchError, Turn
 from dspark_training.data.conversation import Prompt
 from dspark_training.data.dialogue import Dialogue, finish, open_dialogues
 from dspark_training.data.generate import Completion, Request, complete
@@ -35,7 +35,8 @@ def answer(
 ) -> SampleStore:
     """Answer every prompt that the store does not hold yet; a second call goes on where the first stopped.
 
-    What cannot be used (over-long prompts, empty answers) goes to `<store>.skipped.jsonl`.
+    What cannot be used (over-long prompts, empty answers, conversations that the chat template refuses at some turn) is
+    noted in `<store>.skipped.jsonl`.
 
     Args:
         greedy_share: share of prompts answered greedily; the rest is drawn at `temperature`.
@@ -44,7 +45,7 @@ def answer(
         thinking: passed to the chat template as `enable_thinking`; None leaves it to the template.
 
     Raises:
-        DataError: the chat template refuses a prompt, or the disk is full.
+        DataError: the target has no chat template, not one prompt can be used, or the disk is full.
     """
     store = SampleStore(store_path)
     skipped = Skipped(store.path.with_suffix(".skipped.jsonl"))
@@ -71,11 +72,14 @@ def answer(
             for batch in complete(target, requests, batch_size=batch_size, generator=generator):
                 for completion in batch:
                     dialogue = waiting[completion.key]
-                    if _take(dialogue, completion, target, max_prompt_tokens):
-                        continue
+                    try:
+                        if _take(dialogue, completion, target, max_prompt_tokens):
+                            continue
+                        finish(dialogue, store, skipped, thinking=thinking)
+                        done += 1
+                    except TemplateMismatchError as error:
+                        skipped.add(error.problem, dialogue.prompt.key, dialogue.prompt._asdict())
                     del waiting[completion.key]
-                    finish(dialogue, store, skipped, thinking=thinking)
-                    done += 1
                 progress(done, total)
     return store
 

@@ -60,7 +60,7 @@ def _complete_batch(target: Target, requests: Sequence[Request], generator: torc
             use_cache=True,
         )
         # Two-dimensional: a batched product would copy the head's weight once a row.
-        logits_BV = F.linear(out.last_hidden_state[:, -1].contiguous(), target.lm_head_weight_VD)
+        logits_BV = target.soft_cap(F.linear(out.last_hidden_state[:, -1].contiguous(), target.lm_head_weight_VD))
         tokens_B = _sample(logits_BV.float(), temperatures_B[live_B], generator)
         for row, token in enumerate(tokens_B.tolist()):
             if not finished_B[row]:

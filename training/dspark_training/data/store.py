@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -32,9 +32,44 @@ class Sample(NamedTuple):
         """Tokens that the assistant wrote."""
         return sum(end - start for start, end in self.spans)
 
+    @property
+    def has_anchor(self) -> bool:
+        """Whether the assistant wrote two tokens in a row somewhere: one to draft behind, one to judge the draft by."""
+        return any(end - start > 1 for start, end in self.spans)
+
     def supervised_ids(self) -> list[int]:
         """The assistant's tokens, one span after the other."""
         return [token for start, end in self.spans for token in self.ids[start:end]]
+
+
+class Picked(Sequence[Sample]):
+    """Samples of a sequence by their places in it, read when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
+        self._samples, self._places = samples, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._samples[place] for place in self._places[index]]
+        return self._samples[self._places[index]]
+
+
+def split(samples: Sequence[Sample], share: float) -> tuple[Picked, Picked]:
+    """Samples to train on, and a `share` of them (at least one) to hold out.
+
+    By their keys, which are hashes: the same whatever the order in which they were generated.
+    """
+    keys = [sample.key for sample in samples]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    held_out = max(1, round(len(keys) * share))
+    return Picked(samples, order[held_out:]), Picked(samples, order[:held_out])
 
 
 def content_hash(samples: Iterable[Sample]) -> str:

@@ -100,7 +100,7 @@ class Evaluation:
         if gamma is None or answered is None:
             return []
         # A draft without randomness is kept exactly when it is the token that was drawn: that holds at any temperature.
-        looked_up = [walked(r, walk_prompt_lookup(sample_of(r), gamma)) for r in answered]
+        looked_up = [walked(r, walk_prompt_lookup(sample_of(r), gamma), gamma) for r in answered]
         return [result_row(looked_up, gamma, self._identity(PROMPT_LOOKUP, None, point))]
 
     def _identity(self, name: str, family: str | None, point: Point) -> Row:

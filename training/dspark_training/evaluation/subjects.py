@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from dspark_serving.drafters import DrafterSpec, check_fit
+from dspark_serving.drafters.readers.deepspec import VOCABULARY_FILE
 from dspark_serving.scheduler.calibration import FILE_NAME, Calibration
+from dspark_serving.scheduler.survival_map import FILE_NAME as SURVIVAL_MAP
 from dspark_serving.scheduler.survival_map import survival_map_beside
 from dspark_training.bundle.export import load_bundle
 from dspark_training.config import OptimConfig
@@ -23,6 +25,7 @@ from dspark_training.evaluation.drafting import BlockProposer, ChainProposer, Dr
 from dspark_training.evaluation.records import Record, rounded
 from dspark_training.evaluation.rounds import Decoded, decode
 from dspark_training.evaluation.walk import Walk, walk_drafter
+from dspark_training.features.cache import target_fingerprint
 from dspark_training.features.source import OnlineFeatures
 from dspark_training.objectives.build import build_objective
 from dspark_training.target import Target
@@ -107,7 +110,8 @@ class LocalSubject:
     def settings(self) -> Mapping[str, Any]:
         return {
             "how": "rounds",
-            "drafter": _weights_hash(self._loaded.path) if self._loaded else None,
+            "target_weights": target_fingerprint(self._target),
+            "drafter": _drafter_hash(self._loaded.path) if self._loaded else None,
             "dtype": str(self._target.model.dtype),
             "batch_size": self._batch_size,
             "seed": self._seed,
@@ -162,7 +166,12 @@ class WalkSubject:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"how": "walk", "drafter": _weights_hash(self._path), "dtype": str(self._target.model.dtype)}
+        return {
+            "how": "walk",
+            "target_weights": target_fingerprint(self._target),
+            "drafter": _drafter_hash(self._path),
+            "dtype": str(self._target.model.dtype),
+        }
 
     def answer(self, asks: Sequence[Ask], temperature: float, max_tokens: int) -> Iterator[list[Record]]:
         records = [self._answers(ask) for ask in asks]
@@ -173,7 +182,7 @@ class WalkSubject:
                 if record.output_tokens < 2
                 else walk_drafter(self._objective, self._source, [sample_of(record)])
             )
-            yield [walked(record, walks[0])]
+            yield [walked(record, walks[0], self.gamma)]
 
 
 def sample_of(record: Record) -> Sample:
@@ -182,15 +191,15 @@ def sample_of(record: Record) -> Sample:
     return Sample(record.question, record.domain, 0.0, ids, [(start, len(ids))])
 
 
-def walked(record: Record, walk: Walk) -> Record:
-    """The record of an answer with the rounds of a walk over it; it has no time of its own."""
+def walked(record: Record, walk: Walk, gamma: int) -> Record:
+    """The record of an answer with the rounds of `gamma` drafts of a walk over it; it has no time of its own."""
     return record.model_copy(
         update={
             "seconds": 0.0,
             "rounds": len(walk.accepted),
             "round_tokens": len(walk.accepted) + sum(walk.accepted),
             "accepted": walk.accepted,
-            "verified": [],
+            "verified": [min(behind, gamma) for behind in walk.verified],
             "confidence": [],
         }
     )
@@ -201,9 +210,11 @@ def _calibration(loaded: Loaded) -> Calibration | None:
     return Calibration.load(path, loaded.proposer.gamma) if path.is_file() else None
 
 
-def _weights_hash(path: Path) -> str:
+def _drafter_hash(path: Path) -> str:
+    """Of every file that drafts and their confidences depend on; a calibration is applied to answers that are there."""
     digest = hashlib.sha256()
-    for file in [*sorted(path.glob("*.safetensors")), path / "config.json"]:
+    others = (path / name for name in ("config.json", VOCABULARY_FILE, SURVIVAL_MAP))
+    for file in [*sorted(path.glob("*.safetensors")), *(other for other in others if other.is_file())]:
         with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dspark_serving.errors import DataError
 from dspark_training.data.blocks import cut_blocks, pad, stack_anchors
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
@@ -24,11 +25,20 @@ class Validation:
 
     On answers that the target decoded greedily, the mean over anchors of the accepted length is what a
     speculative decoder would see at those anchors (it visits fewer of them, so its mean differs a little).
+
+    Raises:
+        DataError: not one of the samples has two tokens in a row by the assistant.
     """
 
     def __init__(self, samples: Sequence[Sample], source: FeatureSource, vocab: DraftVocab) -> None:
         self._items = []
-        chosen = [s for s in samples if s.supervised > 2][:_MAX_SAMPLES]
+        chosen = [s for s in samples if s.has_anchor][:_MAX_SAMPLES]
+        if not chosen:
+            raise DataError(
+                f"none of the {len(samples)} held-out samples can be judged",
+                expected="answers of at least two tokens",
+                fix="Train on more samples, or set a larger data.validation_share.",
+            )
         for domain in sorted({s.domain for s in chosen}):
             part = [s for s in chosen if s.domain == domain]
             for start in range(0, len(part), _GROUP):

@@ -21,15 +21,10 @@ _GROUP = 4
 
 
 class Walk(NamedTuple):
-    """The rounds of one greedy answer."""
+    """The rounds of one greedy answer, or of the answers of one conversation."""
 
     accepted: list[int]  # accepted drafts of each round, without the bonus token
     verified: list[int]  # tokens of the answer behind each round's anchor: further drafts could not be judged
-
-    @property
-    def accepted_length(self) -> float:
-        """Mean tokens a round, bonus included."""
-        return 1 + sum(self.accepted) / max(1, len(self.accepted))
 
 
 @torch.no_grad()
@@ -63,10 +58,13 @@ def walk(matched: Sequence[int]) -> Walk:
 
 
 def walk_prompt_lookup(sample: Sample, block_size: int, longest: int = 3) -> Walk:
-    """The baseline without a drafter, on the last answer: copy what followed the last newest 3-, 2- or 1-gram."""
-    start, end = sample.spans[-1]
-    ids = sample.ids[:end]
-    return walk([_lookup_match(ids, p, block_size, longest) for p in range(start, end - 1)])
+    """The baseline without a drafter, on every answer: copy what followed the last newest 3-, 2- or 1-gram."""
+    rounds = Walk([], [])
+    for start, end in sample.spans:
+        ids = sample.ids[:end]
+        found = walk([_lookup_match(ids, p, block_size, longest) for p in range(start, end - 1)])
+        rounds = Walk(rounds.accepted + found.accepted, rounds.verified + found.verified)
+    return rounds
 
 
 def _lookup_match(ids: list[int], anchor: int, block_size: int, longest: int) -> int:

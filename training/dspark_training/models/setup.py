@@ -36,14 +36,9 @@ def dims_for(target: Target, shape: DrafterShape, algorithm: Family) -> DrafterD
         CheckpointError: the target's config.json lacks a width.
     """
     c, shape = target.config, shape.model_copy(update=_FIXED[algorithm])
-    limit = c.num_hidden_layers - 2  # the last layer's output is only exposed after the final norm
-    bad = [i for i in (*shape.target_layer_ids,) if not 0 <= i <= limit]
-    if bad:
-        raise OptionError(
-            f"target_layer_ids {bad} do not exist in a target of {c.num_hidden_layers} layers",
-            expected=f"ids from 0 to {limit}",
-            fix="Correct drafter.target_layer_ids.",
-        )
+    # The last layer's output is only exposed after the final norm.
+    _check_layers(target, "target_layer_ids", shape.target_layer_ids, c.num_hidden_layers - 2)
+    _check_layers(target, "init_layers", shape.init_layers, c.num_hidden_layers - 1)
     if shape.mask_token_id >= c.vocab_size:
         raise OptionError(
             f"mask_token_id {shape.mask_token_id} is outside the target's vocabulary",
@@ -68,6 +63,16 @@ def dims_for(target: Target, shape: DrafterShape, algorithm: Family) -> DrafterD
         markov_head_type=shape.markov_head_type,
         confidence_head=shape.confidence_head,
     )
+
+
+def _check_layers(target: Target, field: str, ids: Sequence[int], last: int) -> None:
+    bad = [i for i in ids if not 0 <= i <= last]
+    if bad:
+        raise OptionError(
+            f"{field} {bad} do not exist in a target of {target.config.num_hidden_layers} layers",
+            expected=f"ids from 0 to {last}",
+            fix=f"Correct drafter.{field}.",
+        )
 
 
 def _width(target: Target, name: str) -> int:

@@ -1,0 +1,25 @@
+"""The log of a run without TensorBoard at hand."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from dspark_training.runlog import RunLog
+
+from dspark_serving.errors import EnvironmentMismatchError
+
+
+def test_missing_tensorboard_is_installed_by_what_the_error_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    RunLog(tmp_path, tensorboard=False)
+    with pytest.raises(EnvironmentMismatchError, match="tensorboard is asked for and not installed") as caught:
+        RunLog(tmp_path, tensorboard=True)
+    assert "pip install 'dspark-serving[train]'" in caught.value.fix
+    extra = re.search(r'"train": \[(.*)\]', (Path(__file__).parents[1] / "setup.py").read_text())
+    assert extra is not None
+    assert '"tensorboard"' in extra[1]
