@@ -171,3 +171,28 @@ def test_a_rarely_seen_way_is_believed_sooner() -> None:
     rare, often = TimeBias(prior=0.5), TimeBias(prior=2.0)
     assert rare.observe(1, 0.7, 1.0) == often.observe(1, 0.7, 1.0) == pytest.approx(math.log(0.7))
     assert rare.value(1) < 0.8 < often.value(1)
+
+
+def looks(gate: DraftGate, requests: int, rounds: int, lost: float) -> list[int]:
+    """When a resting gate looks, each look being in vain and costing so many plain rounds."""
+    found = []
+    for i in range(rounds):
+        verdict = "off" if gate.rests(requests, 1000, requests) else str(gate.decide(0.5, requests, 1000))
+        drafted = verdict == "probe"
+        gate.observe(drafted, lost if drafted else 0.0)
+        if drafted:
+            found.append(i)
+    return found
+
+
+def test_looks_take_a_small_share_of_the_time_however_dear_they_are() -> None:
+    cheap, dear = looks(resting(), 64, 2000, 0.0), looks(resting(), 64, 2000, 3.0)
+    assert max(b - a for a, b in pairwise(cheap)) < 80
+    assert min(b - a for a, b in pairwise(dear)) >= 150
+    assert len(dear) * 3.0 <= 0.02 * 2000 + 3.0
+
+
+def test_what_looks_cost_a_large_batch_does_not_keep_a_small_one_from_looking() -> None:
+    gate = resting()
+    looks(gate, 64, 40, 8.0)
+    assert looks(gate, 4, 100, 0.0)

@@ -191,7 +191,16 @@ class AdaptivePolicy:
             self._learn_acceptance(outcome, outcome.confidence_RG)
         if outcome.steady:
             self._learn_time(outcome, drafted)
-        self._gate.observe(drafted)
+        self._gate.observe(drafted, self._lost(outcome) if drafted and outcome.steady else 0.0)
+
+    def _lost(self, outcome: Outcome) -> float:
+        """What a drafting round took beyond the time of as many tokens without drafts, in plain rounds."""
+        batch = outcome.batch
+        plain = self._plain(batch.requests, int(batch.context_R.sum()), batch.sampled, "off")
+        rounds = outcome.seconds / plain.expected_seconds
+        if not 0.0 < rounds < math.inf:  # impossible times, or no cost data
+            return 0.0
+        return rounds - 1.0 - float(outcome.accepted_R.sum()) / batch.requests
 
     def _learn_acceptance(self, outcome: Outcome, raw_RG: np.ndarray) -> None:
         batch = outcome.batch

@@ -15,6 +15,8 @@ _FIRST_PLAIN = 4
 """Drafting rounds at a new load before the first plain one, and after a plain one that took an unexpected time."""
 _PATIENCE = 16
 """Rounds for which a look waits for one without new requests."""
+_LOOK_SHARE = 0.02
+"""Of the time, at most, that looks take from plain decoding."""
 _SPREAD = 0.6
 """Relative uncertainty of the advantage after a single round of a single request, with some reserve."""
 
@@ -41,7 +43,8 @@ class DraftGate:
 
     The advantage it is told is (tokens a second with drafts) / (without), as predicted from earlier rounds. Drafting
     stops below 1 and starts again above 1 + margin. While it rests it looks every `interval` rounds, twice as rarely
-    after each look that was in vain; when the load jumps or requests have come, the prediction alone may start it.
+    after each look that was in vain, and no sooner than the look has cost 2 % of the time; when the load jumps or
+    requests have come, the prediction alone may start it.
     While it drafts at a small advantage, a single plain round, soon after a load is new and rarer each time, keeps the
     other prediction honest.
     """
@@ -57,6 +60,8 @@ class DraftGate:
         self._waited = 0  # rounds by which the next one was put off
         self._interval = interval
         self._newcomers_interval = interval // 4
+        self._lost = 0.0  # plain rounds that the look under way has cost
+        self._earned = 0, 0  # rounds by which the last look's cost is small; its requests
         self._jump_margin = margin
         self._load = (0, 0, 0)  # requests, context and newcomers at the last judgement against drafting
         self._load_now = self._load
@@ -88,7 +93,9 @@ class DraftGate:
         if self._state is not _State.RESTING:
             return False
         self._rested += 1
-        self._look_due = self._rested >= (self._newcomers_interval if 2 * newcomers >= requests else self._interval)
+        interval = self._newcomers_interval if 2 * newcomers >= requests else self._interval
+        least, then = self._earned
+        self._look_due = self._rested >= (max(interval, least) if 2 * requests >= then else interval)
         if self._look_due and newcomers > self._load_now[2] and self._waited < _PATIENCE:
             self._waited += 1  # new requests: behind their prefill, a look would not tell how long a round takes
             self._look_due = False
@@ -113,9 +120,10 @@ class DraftGate:
             case _State.LOOKING:
                 return self._while_looking(advantage, requests, context)
 
-    def observe(self, drafted: bool) -> None:
-        """A round's outcome has become known."""
+    def observe(self, drafted: bool, lost: float = 0.0) -> None:
+        """A round's outcome is known; `lost`: its time less that of as many tokens in plain rounds, in those."""
         self._drafted += drafted
+        self._lost += lost
 
     def surprised(self, load: int) -> None:
         """A plain round at this load took another time than predicted: one was not enough to learn from."""
@@ -154,6 +162,7 @@ class DraftGate:
             if self._drafted <= 1:
                 self._interval = min(2 * self._interval, self._longest)
                 self._newcomers_interval = min(2 * self._newcomers_interval, self._shortest)
+            self._earned = min(math.ceil(max(self._lost, 0.0) / _LOOK_SHARE), self._longest), requests
             self._rest(requests, context)
             return "off"
         if not self._judges(requests):
@@ -178,6 +187,7 @@ class DraftGate:
     def _enter(self, state: _State) -> None:
         self._state = state
         self._drafted = self._rested = self._waited = 0
+        self._lost = 0.0
         self._by_prediction = False
 
 
