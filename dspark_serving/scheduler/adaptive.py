@@ -191,7 +191,8 @@ class AdaptivePolicy:
             self._learn_acceptance(outcome, outcome.confidence_RG)
         if outcome.steady:
             self._learn_time(outcome, drafted)
-        self._gate.observe(drafted, self._lost(outcome) if drafted and outcome.steady else 0.0)
+        judged = drafted and outcome.steady and self._gate.looking
+        self._gate.observe(drafted, self._lost(outcome) if judged else 0.0)
 
     def _lost(self, outcome: Outcome) -> float:
         """What a drafting round took beyond the time of as many tokens without drafts, in plain rounds."""
