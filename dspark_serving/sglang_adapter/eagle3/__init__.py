@@ -33,9 +33,10 @@ def prepare_worker(worker: Any, spec: DrafterSpec, *, late: bool) -> ChainContex
     context.late = late
     worker._verify_executor.commit_hidden = context.commit_hidden
     worker._decode_graph_allowed = False  # from here on: no capture of a block forward that the drafter does not have
-    reduced = spec.draft_token_ids is not None
     proposer.context = context
     proposer.vocab_size = spec.vocab_size
-    proposer.token_ids = torch.tensor(spec.draft_token_ids, device=worker.device) if reduced else None
-    proposer.cuts_head = reduced and not spec.own_head
+    proposer.token_ids, proposer.cuts_logits = None, False
+    if spec.draft_token_ids is not None:
+        proposer.token_ids = torch.tensor(spec.draft_token_ids, device=worker.device)
+        proposer.cuts_logits = not spec.own_head and not worker.draft_model.cut_head(proposer.token_ids)
     return context

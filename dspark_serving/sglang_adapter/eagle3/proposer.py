@@ -27,8 +27,8 @@ class ChainProposer(PolicyProposer):
     vocab_size: int
     token_ids: torch.Tensor | None
     """Ids that the drafter may propose, ascending; None for the whole vocabulary."""
-    cuts_head: bool
-    """Whether the head has a row for every token though only `token_ids` may be proposed."""
+    cuts_logits: bool
+    """Whether logits come for every token though only `token_ids` may be proposed."""
 
     def propose(self, **kwargs: Any) -> DraftProposal:
         """Draft one block for each request of the batch (SGLang's keyword arguments)."""
@@ -83,4 +83,4 @@ class ChainProposer(PolicyProposer):
         self.draft_model_runner.kv_index_translator.bind_own_plan(forward_batch)
         output = self.draft_model_runner.forward(forward_batch).logits_output
         logits_BV = output.next_token_logits.float()
-        return logits_BV[:, self.token_ids] if self.cuts_head else logits_BV, output.hidden_states
+        return logits_BV[:, self.token_ids] if self.cuts_logits else logits_BV, output.hidden_states

@@ -42,6 +42,14 @@ _STACKED: tuple[tuple[str, str, str | int], ...] = (
 )
 
 
+class HeadRows(nn.Module):
+    """Some rows of a head, in the form that SGLang's logits processor takes."""
+
+    def __init__(self, weight_UD: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_UD, requires_grad=False)
+
+
 class DsparkServingEagle3Drafter(nn.Module):
     """An Eagle3 drafter by its canonical config.json (drafters/view.py)."""
 
@@ -75,6 +83,18 @@ class DsparkServingEagle3Drafter(nn.Module):
         """Take the target's embedding and head, where the drafter brings none of its own."""
         self.embed_tokens = scaled_as_trained(self.embed_tokens or embed_tokens, self.config)
         self.lm_head = self.lm_head or lm_head
+
+    def cut_head(self, token_ids_U: Tensor) -> bool:
+        """From now on multiply with the rows of these ids only, of a head that has a row for every token.
+
+        False, and nothing changes, where the head is not whole on this rank or its weight is not a plain matrix.
+        """
+        weight = getattr(self.lm_head, "weight", None)
+        if weight is None or not weight.is_floating_point() or len(weight) < self.config.vocab_size:
+            return False
+        self.lm_head = HeadRows(weight.data[token_ids_U])
+        self.logits_processor.vocab_size = len(token_ids_U)
+        return True
 
     def hidden_of(self, features_NM: Tensor) -> Tensor:
         """h [N, D] of committed positions, by the target's features there."""
