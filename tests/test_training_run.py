@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -254,21 +253,6 @@ def test_a_half_written_checkpoint_is_never_seen(target: Target, tmp_path: Path)
     newest = checkpoint.latest(tmp_path / "checkpoints")
     assert newest is not None
     assert newest.name == "step-0000004"
-
-
-def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(target: Target, tmp_path: Path) -> None:
-    trainer = Trainer(config(8), target, samples(), tmp_path)
-
-    def poison(report: StepReport) -> None:
-        if report.step == 4:
-            trainer.drafter.fc.weight.data.fill_(float("nan"))
-
-    with pytest.raises(TrainingError, match="finite"):
-        trainer.run(poison)
-    newest = checkpoint.latest(tmp_path / "checkpoints")
-    assert newest is not None
-    state = json.loads((newest / "state.json").read_text())
-    assert 0 < state["step"] <= 4
 
 
 def test_too_few_samples_and_wrong_layers_are_refused(target: Target, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dspark_serving.errors import CheckpointError
+from dspark_training.disk import writing
 
 _MODEL, _OPTIMIZER, _AVERAGE, _STATE = "model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
 
@@ -28,18 +29,29 @@ def save(
     state: dict[str, Any],
     average: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `root/step-N` under a temporary name, move it into place, then drop older ones."""
+    """Write `root/step-N` under a temporary name, move it into place, then drop older ones.
+
+    A step that is there already is left alone: a run reaches each step with one content only.
+
+    Raises:
+        CheckpointError: it cannot be written; older ones are intact.
+    """
     final = root / f"step-{step:07d}"
+    if final.exists():
+        return final
     partial = root / f".partial-{step:07d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
-    save_file(_flatten(optimizers), partial / _OPTIMIZER)
-    if average is not None:
-        save_file(average, partial / _AVERAGE)
-    (partial / _STATE).write_text(json.dumps({"step": step, **state}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    try:
+        with writing(f"the checkpoint {final}", CheckpointError):
+            partial.mkdir(parents=True)
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
+            save_file(_flatten(optimizers), partial / _OPTIMIZER)
+            if average is not None:
+                save_file(average, partial / _AVERAGE)
+            (partial / _STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+            os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for older in root.glob("step-*"):
         if older != final:
             shutil.rmtree(older)
@@ -82,11 +94,16 @@ def restore(
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Weights alone, in one file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Weights alone, in one file that is complete or as it was before.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     partial = path.with_name(f".partial-{path.name}")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
-    os.replace(partial, path)
+    with writing(f"the weights {path}", CheckpointError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
+        os.replace(partial, path)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -45,7 +45,6 @@ class StepReport(NamedTuple):
     loss: float
     accepted_length: float  # newest validation, bonus included; nan before the first
     tokens: int  # target tokens run so far, by all processes
-    seconds_left: float
 
 
 class Best(NamedTuple):
@@ -117,22 +116,22 @@ class Trainer:
         Resumes from the newest checkpoint under the output directory.
 
         Raises:
-            TrainingError: the loss is not finite, or there is nothing to predict in the data.
-            DataError: no held-out answer has two tokens.
+            TrainingError: loss or gradients are not finite, or there is nothing to predict in the data.
+            DataError: no held-out answer has two tokens, or the log cannot be written.
+            CheckpointError: a checkpoint cannot be written or read.
         """
         self._resume()
         first = self.processes.first
         validation = Validation(self.validation_samples, self.source, self.vocab) if first else None
-        records = RunLog(self.output, self.config.tensorboard) if first else None
+        records = RunLog(self.output, self.config.tensorboard, self.history) if first else None
         module = self.processes.wrap(_Step(self.objective))
         started = saved = time.monotonic()
-        spent_before, first_step = self.seconds, self.step
+        spent_before = self.seconds
         for loss in self._losses(module):
             self.seconds = spent_before + time.monotonic() - started
             if self._validates_now() and validation is not None and records is not None:
                 self._validate(validation, loss, records)
-            pace = (time.monotonic() - started) / (self.step - first_step)
-            on_step(self._report(loss, pace * (self.config.optim.steps - self.step)))
+            on_step(self._report(loss))
             # Only between pools: what a pool holds is gone with the process, so a resumed run could not finish it.
             if self._between_pools and time.monotonic() - saved > self.config.save_every_seconds:
                 self._save()
@@ -175,18 +174,13 @@ class Trainer:
             with nullcontext() if last else self.processes.without_averaging(module):
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
                     loss: Tensor = module(supervised[draw.forward], blocks) / len(draws)
-                if not torch.isfinite(loss):
-                    raise TrainingError(
-                        f"the loss is {loss.item()} at step {self.step}",
-                        expected="a finite loss",
-                        fix="Set a lower optim.learning_rate and another --work; data.samples may name the "
-                        "samples.jsonl of this one.",
-                    )
+                _require_finite("loss", loss, self.step)
                 loss.backward()
             total += loss.detach()
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["lr_scale"] * learning_rate(self.config.optim, self.step)
-        nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optim.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.optim.clip_norm)
+        _require_finite("norm of the gradients", norm, self.step)  # clipping by it has made all of them NaN
         for optimizer in self.optimizers:
             optimizer.step()
         if self.averaged is not None:
@@ -247,9 +241,9 @@ class Trainer:
         elif self.averaged is not None:
             self.averaged.keep()
 
-    def _report(self, loss: float, seconds_left: float) -> StepReport:
+    def _report(self, loss: float) -> StepReport:
         newest = self.history[-1]["accepted_length"] if self.history else math.nan
-        return StepReport(self.step, self.config.optim.steps, loss, newest, self.tokens, seconds_left)
+        return StepReport(self.step, self.config.optim.steps, loss, newest, self.tokens)
 
     def _save(self) -> None:
         if not self.processes.first:
@@ -286,6 +280,16 @@ class _Step(nn.Module):
 
     def forward(self, supervision: Supervision, blocks: Blocks) -> Tensor:
         return self._objective(supervision, blocks).total
+
+
+def _require_finite(name: str, value: Tensor, step: int) -> None:
+    if not torch.isfinite(value):
+        raise TrainingError(
+            f"the {name} is {value.item()} at step {step}",
+            expected=f"a finite {name}",
+            fix="Set a lower optim.learning_rate and another --work; data.samples may name the samples.jsonl of this "
+            "one.",
+        )
 
 
 def _check_split(config: RunConfig, world: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from dspark_training import checkpoint
 from dspark_training.config import RunConfig
 from dspark_training.data.store import Sample
 from dspark_training.data.tokens import load_samples
+from dspark_training.disk import replace_text
 
 RUN, SAMPLES, WRITTEN, ATTEMPTS = "run.json", "samples.jsonl", "written_prompts.jsonl", "written_prompts.attempts.jsonl"
 _COMPLETE = "samples.complete.json"
@@ -131,6 +131,4 @@ def _fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
+    replace_text(path, json.dumps(content, indent=1))

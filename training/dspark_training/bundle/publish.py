@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dspark_serving.errors import CheckpointError, OptionError
 from dspark_training.bundle.lineage import PROVENANCE
 from dspark_training.bundle.manifest import MANIFEST, write_manifest
+from dspark_training.disk import writing
 
 
 @contextmanager
@@ -29,21 +28,15 @@ def replacing(directory: Path) -> Iterator[Path]:
     partial, old = (directory.with_name(f".{directory.name}.{mark}") for mark in ("partial", "old"))
     check_replaceable(directory)
     try:
-        if old.exists() and not directory.exists():
-            os.replace(old, directory)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        write_manifest(partial)
-        _exchange(partial, directory, old)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(
-            f"the bundle {directory} cannot be written ({reason})",
-            expected="a writable place with room for the weights; what was there before is unchanged",
-            fix="Free some space, or choose another directory.",
-        ) from error
+        with writing(f"the bundle {directory}", CheckpointError):
+            if old.exists() and not directory.exists():
+                os.replace(old, directory)
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            write_manifest(partial)
+            _exchange(partial, directory, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
