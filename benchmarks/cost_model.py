@@ -23,6 +23,7 @@ from benchmarks.subjects import DATASETS, dspark_options
 from dspark_serving.assets import ensure_smollm2, shipped_bundle
 from dspark_serving.bench.results import ResultFile, Row
 from dspark_serving.cli.console import one_line_errors, report
+from dspark_serving.errors import DataError
 from dspark_serving.recording import Recording, read_recording
 from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.round import Outcome
@@ -30,6 +31,7 @@ from dspark_serving.server import Server, running_server
 
 _RESULT = Path(__file__).parent / "results" / "cost_model.json"
 _MINUTE = 60.0
+_WRITING = 30.0  # seconds that a recording may take to appear
 
 
 class Error(NamedTuple):
@@ -66,7 +68,7 @@ def main(
                     _load(server, load, seconds, max_tokens)
                 spent = time.monotonic() - start
                 httpx.post(f"{server.url}/dspark/recording", timeout=60.0, trust_env=False).raise_for_status()
-            recording = read_recording(next(folder.glob("*.npz")))
+                recording = read_recording(_written(folder))
         rows = rows_of(recording, skip_seconds=_MINUTE, spent=spent)
         notes = (
             f"Steady rounds after the first minute of {spent:.0f} s; prompts of GSM8K, HumanEval and chat in turn, "
@@ -75,6 +77,16 @@ def main(
         result.write(rows, notes)
         output.with_suffix(".md").write_text(table(rows, notes))
         report(table(rows, notes))
+
+
+def _written(folder: Path) -> Path:
+    """The recording, once it is complete."""
+    deadline = time.monotonic() + _WRITING
+    while not (found := list(folder.glob("*.npz"))):
+        if time.monotonic() > deadline:
+            raise DataError(f"no recording in {folder}", expected="one on demand", fix="See the server's log.")
+        time.sleep(0.1)
+    return found[0]
 
 
 def _load(server: Server, concurrency: int, seconds: float, max_tokens: int) -> None:

@@ -38,6 +38,7 @@ class ServingConfig(BaseModel):
     speed_floor: float = Field(
         default=0.0,
         ge=0.0,
+        allow_inf_nan=False,
         description="policy adaptive: tokens a second that every request should get at least; 0 for the most "
         "throughput",
     )
@@ -47,7 +48,10 @@ class ServingConfig(BaseModel):
         "drafter, if there is one",
     )
     profile_seconds: float = Field(
-        default=15.0, ge=0.0, description="time at start-up for measuring rounds, at most; 0 to go without"
+        default=15.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="time at start-up for measuring rounds, at most; 0 to go without",
     )
     recording: Path | None = Field(
         default=None, description="directory for recordings of rounds, made on demand and on anomalies; else none"

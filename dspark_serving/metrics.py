@@ -38,6 +38,7 @@ class RoundStats:
         self.verified_tokens = 0
         self.padding_tokens = 0
         self.tier_tokens = 0
+        self.budget_tokens = 0
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase].append(seconds)
@@ -63,8 +64,13 @@ class RoundStats:
         self._add("round", time.perf_counter() - start)
         self.rounds += 1
 
-    def count(self, outcome: Outcome, tiers: tuple[int, ...] | None = None) -> None:
-        """Count a finished round; `tiers` are the captured token totals that verification is padded to."""
+    def count(self, outcome: Outcome, gamma: int, tiers: tuple[int, ...] | None = None) -> None:
+        """Count a finished round.
+
+        Args:
+            gamma: drafted tokens a block.
+            tiers: captured token totals; the one that runs is chosen by what the plan allows. None: nothing is padded.
+        """
         requests = outcome.batch.requests
         tokens = int(outcome.accepted_R.sum()) + requests
         self._accepted.append((requests, tokens))
@@ -72,7 +78,8 @@ class RoundStats:
         self.requests += requests
         self.tokens += tokens
         verified = int(outcome.verify_lens_R.sum())
-        self.tier_tokens = round_up(verified, tiers)
+        self.budget_tokens = min(outcome.plan.capacity, requests * gamma) if outcome.plan.drafts else 0
+        self.tier_tokens = verified if tiers is None else round_up(requests + self.budget_tokens, tiers)
         self.verified_tokens += verified
         self.padding_tokens += self.tier_tokens - verified
 
@@ -128,7 +135,7 @@ class ServerMetrics:
         self._step = _gauge("dspark_step_seconds", "Time of the newest round, as planned and as measured", "kind")
         self._tokens = _gauge("dspark_round_tokens", "Tokens of the newest round, as planned and as realised", "kind")
         self._capacity = _gauge("dspark_budget_tokens", "Drafted tokens that the newest plan admits at most")
-        self._price = _gauge("dspark_price", "Survival that a drafted token must reach to be verified")
+        self._price = _gauge("dspark_price", "Weight times survival that a drafted token must reach")
         self._facts = _gauge("dspark_scheduler", "State of the scheduler: what it has learned and counted", "fact")
         self._rounds = Counter("dspark_rounds", "Rounds by the reason of their plan", ["reason"])
         self._verified = Counter("dspark_verified_tokens", "Rows of verification forwards, anchors included")
@@ -153,7 +160,7 @@ class ServerMetrics:
         self._step.labels("measured").set(outcome.seconds)
         self._tokens.labels("planned").set(plan.expected_tokens)
         self._tokens.labels("realised").set(int(outcome.accepted_R.sum()) + outcome.batch.requests)
-        self._capacity.set(plan.capacity)
+        self._capacity.set(stats.budget_tokens)
         self._price.set(plan.price)
         self._rounds.labels(plan.reason).inc()
         verified = int(outcome.verify_lens_R.sum())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,8 +48,14 @@ class Server(NamedTuple):
 
     def record(self, directory: Path) -> Recording:
         """The newest rounds, of a server that was started with `--dspark-recording directory`."""
+        before = set(directory.glob("*.npz"))
         self._post("recording")
-        return read_recording(max(directory.glob("*.npz"), key=lambda path: path.stat().st_mtime))
+        deadline = time.monotonic() + 60.0
+        while not (written := set(directory.glob("*.npz")) - before):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no recording appeared in {directory}; see {self.log}")
+            time.sleep(0.05)
+        return read_recording(written.pop())
 
     def _post(self, route: str, body: dict[str, Any] | None = None) -> None:
         url = f"{self.base_url}/dspark/{route}"

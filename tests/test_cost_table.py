@@ -17,7 +17,7 @@ from tests.cost_world import GAMMA, World
 
 KEY = CostKey(
     device="cpu-x86", model="smollm2:1", drafter="d:2", dtype="bfloat16", tp_size=1, attention_backend="torch_native",
-    threads=2, gamma=GAMMA, sglang="0.5.23", plugin="0.1",
+    threads=2, gamma=GAMMA, tiers=None, sglang="0.5.23", plugin="0.1",
 )  # fmt: skip
 
 
@@ -27,9 +27,9 @@ def fitted(tiers: tuple[int, ...] | None = None) -> CostModel:
 
 @pytest.mark.parametrize("tiers", [None, (6, 12, 24, 48, 96)])
 def test_round_trip(tmp_path: Path, tiers: tuple[int, ...] | None) -> None:
-    model = fitted(tiers)
-    path = save_cost(tmp_path / "costs", KEY, model)
-    loaded = load_cost(tmp_path / "costs", KEY)
+    model, key = fitted(tiers), KEY.model_copy(update={"tiers": tiers})
+    path = save_cost(tmp_path / "costs", key, model)
+    loaded = load_cost(tmp_path / "costs", key)
     assert loaded is not None
     assert (loaded.tiers, loaded.samples) == (tiers, model.samples)
     totals = np.arange(3, 60)
@@ -40,17 +40,23 @@ def test_round_trip(tmp_path: Path, tiers: tuple[int, ...] | None) -> None:
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
     save_cost(tmp_path, KEY, fitted())
-    model = fitted((6, 12, 24, 48, 96))
+    model = CostModel.fit(World(speed=2.0).profile(np.random.default_rng(1)))
     save_cost(tmp_path, KEY, model)
     loaded = load_cost(tmp_path, KEY)
     assert loaded is not None
-    assert loaded.tiers == model.tiers
+    assert loaded.samples == model.samples
+
+
+def test_a_model_for_other_graphs_than_the_keys_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="graphs"):
+        save_cost(tmp_path, KEY, fitted((6, 12, 24, 48, 96)))
 
 
 @pytest.mark.parametrize(
     "change",
     [{"device": "h100"}, {"model": "other"}, {"drafter": "other"}, {"dtype": "float32"}, {"tp_size": 2},
-     {"attention_backend": "fa3"}, {"threads": 1}, {"gamma": 7}, {"sglang": "0.6"}, {"plugin": "0.2"}],
+     {"attention_backend": "fa3"}, {"threads": 1}, {"gamma": 7}, {"tiers": (8, 16)}, {"sglang": "0.6"},
+     {"plugin": "0.2"}],
 )  # fmt: skip
 def test_another_key_finds_nothing_and_refuses_a_renamed_file(tmp_path: Path, change: dict[str, Any]) -> None:
     other = CostKey(**{**KEY.model_dump(), **change})
@@ -75,6 +81,8 @@ def damaged(path: Path, **changes: Any) -> None:
         ({"samples": [[1, 6, 100, -0.01, 0.1, True]]}, "impossible cost sample"),
         ({"samples": [[1, 6, 100, 0.01, float("nan"), True]]}, "damaged|impossible"),
         ({"samples": [[1, 7, 100, 0.01, 0.1, True]]}, "block size 5"),
+        ({"samples": [[1, 1, 100, 0.0, 5e-324, False]]}, "impossible"),
+        ({"samples": [[1, 1, 10**400, 0.0, 0.1, False]]}, "impossible"),
         ({"samples": [[1, 6, 100]]}, "damaged"),
         ({"samples": [[1, 6, 100, "fast", 0.1, True]]}, "damaged"),
         ({"tiers": [0]}, "damaged"),

@@ -49,12 +49,18 @@ def test_an_engine_without_command_line_reads_the_environment(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [({"policy": "best"}, "policy"), ({"threshold": "1.5"}, "threshold"), ({"threshold": "much"}, "threshold")],
+    [
+        ({"policy": "best"}, "policy"),
+        ({"threshold": "1.5"}, "threshold"),
+        ({"threshold": "much"}, "threshold"),
+        ({"speed_floor": "inf"}, "speed-floor"),
+        ({"profile_seconds": "nan"}, "profile-seconds"),
+    ],
 )
 def test_a_bad_option_names_flag_and_variable(given: dict[str, str], name: str) -> None:
     with pytest.raises(OptionError, match=f"--dspark-{name}") as refusal:
         load_config(given, {})
-    assert f"DSPARK_{name.upper()}" in str(refusal.value)
+    assert f"DSPARK_{name.upper().replace('-', '_')}" in str(refusal.value)
 
 
 @pytest.mark.parametrize("version", ["0.5.22", "0.5.24", "0.6.0"])

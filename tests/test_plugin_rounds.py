@@ -44,13 +44,35 @@ def test_reads_what_requests_ask_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [{"weight": -1}, {"weight": "much"}, {"weight": float("nan")}, {"min_tokens_per_second": [1]}, "fast"]
+    "asked",
+    [
+        {"weight": -1},
+        {"weight": "much"},
+        {"weight": float("nan")},
+        {"weight": 1e30},
+        {"weight": 1 << 5000},
+        {"min_tokens_per_second": [1]},
+        "fast",
+    ],
 )
 def test_a_wish_that_cannot_be_read_is_ignored_with_a_warning(asked: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read = BatchReader(torch.zeros(4, dtype=torch.int64)).read(batch([1], {"custom_params": {"dspark": asked}}))
     assert (read.weight_R.tolist(), read.floor_R.tolist()) == ([1.0], [0.0])
     assert "request r0: dspark." in caplog.text
+
+
+@pytest.mark.parametrize("custom", [[1], "dspark", 5, {}, {"other": {"weight": 3}}])
+def test_custom_params_of_any_other_kind_ask_for_nothing(custom: Any, caplog: pytest.LogCaptureFixture) -> None:
+    read = BatchReader(torch.zeros(4, dtype=torch.int64)).read(batch([1], {"custom_params": custom}))
+    assert (read.weight_R.tolist(), read.floor_R.tolist(), caplog.text) == ([1.0], [0.0], "")
+
+
+def test_an_ignored_wish_is_said_once_whoever_joins(caplog: pytest.LogCaptureFixture) -> None:
+    reader = BatchReader(torch.zeros(8, dtype=torch.int64))
+    for others in range(4):
+        reader.read(batch([1, *range(2, 2 + others)], {"custom_params": {"dspark": "fast"}}, *[{}] * others))
+    assert caplog.text.count("dspark.weight") == caplog.text.count("dspark.min_tokens_per_second") == 1
 
 
 def test_a_slot_with_a_new_request_is_read_anew() -> None:

@@ -180,5 +180,5 @@ def test_a_recording_that_cannot_be_written_is_refused_and_the_server_goes_on(
     answer = httpx.post(f"{speculative.server.base_url}/dspark/recording", timeout=60.0, trust_env=False)
     speculative.recordings.unlink()
     assert answer.status_code == 409
-    assert "the recording could not be written" in speculative.server.log.read_text()
+    assert "nothing can be recorded now" in speculative.server.log.read_text()
     assert texts(speculative.server, concurrency=1) == stock

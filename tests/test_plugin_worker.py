@@ -39,15 +39,17 @@ def test_round_stats_roll_and_add_up() -> None:
     stats = RoundStats()
     assert stats.accepted_length is None
     for _ in range(WINDOW):
-        stats.count(outcome([9], [10]))
+        stats.count(outcome([9], [10]), 9)
     for _ in range(WINDOW):
-        stats.count(outcome([0, 2], [1, 4], OffPolicy()))  # one and three tokens, the bonus tokens included
+        stats.count(outcome([0, 2], [1, 4], OffPolicy()), 3)  # one and three tokens, the bonus tokens included
     assert stats.accepted_length == 2.0
     assert (stats.requests, stats.tokens, stats.verified_tokens) == (3 * WINDOW, 14 * WINDOW, 15 * WINDOW)
     assert stats.snapshot()["plans"] == {"full": WINDOW, "off": WINDOW}
     assert stats.padding_tokens == 0
-    stats.count(outcome([0, 2], [1, 4]), tiers=(4, 8, 16))  # five rows in a graph of eight
-    assert (stats.tier_tokens, stats.padding_tokens) == (8, 3)
+    stats.count(outcome([0, 1], [1, 2]), 3, tiers=(4, 8, 16))  # three rows; the plan allows eight, and its graph runs
+    assert (stats.budget_tokens, stats.tier_tokens, stats.padding_tokens) == (6, 8, 5)
+    stats.count(outcome([0, 0], [1, 1], OffPolicy()), 3, tiers=(4, 8, 16))
+    assert (stats.budget_tokens, stats.tier_tokens, stats.padding_tokens) == (0, 4, 7)
     stats.clear()
     assert stats.snapshot()["output_tokens"] == 0
 

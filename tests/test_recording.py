@@ -14,6 +14,7 @@ from dspark_serving.errors import DataError
 from dspark_serving.recording import FlightRecorder, Recording, read_recording, replay, write_recording
 from dspark_serving.scheduler.calibration import Calibration
 from dspark_serving.scheduler.catalog import POLICIES, make_policy
+from dspark_serving.scheduler.cost import CostModel
 from dspark_serving.scheduler.round import Batch, Outcome, Plan
 from tests.recorded import GAMMA, new_parts, run
 
@@ -22,14 +23,20 @@ def record(tmp_path: Path, name: str = "adaptive", count: int = 300, *, lag: int
     recorder = FlightRecorder(tmp_path, rounds=ring)
     parts = new_parts(Calibration((1.2, 0.9, 1.1, 1.0)))
     run(recorder.watch(make_policy(name, parts), parts), count, lag=lag)
-    return read_recording(recorder.dump(tmp_path / f"{name}.npz"))
+    return written(recorder, tmp_path / f"{name}.npz")
+
+
+def written(recorder: FlightRecorder, path: Path | None = None) -> Recording:
+    found = recorder.dump(path)
+    recorder.wait()
+    return read_recording(found)
 
 
 def test_a_file_gives_back_every_round_as_it_was(tmp_path: Path) -> None:
     recorder = FlightRecorder(tmp_path)
     parts = new_parts()
     outcomes = run(recorder.watch(make_policy("adaptive", parts), parts), 50)
-    read = read_recording(recorder.dump(tmp_path / "deep" / "file.npz"))
+    read = written(recorder, tmp_path / "deep" / "file.npz")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file.npz"]
     assert len(read.rounds) == 50
     for kept, outcome in zip(read.rounds, outcomes, strict=True):
@@ -113,9 +120,18 @@ def test_rounds_given_up_in_flight_are_replayed_too(tmp_path: Path) -> None:
     for _ in range(40):  # planned, and their results never come
         policy.plan(Batch.ordinary(np.array([1, 2]), np.array([10, 10])))
     run(policy, 100, seed=1)
-    report = replay(read_recording(recorder.dump()))
+    report = replay(written(recorder))
     assert report.difference is None
     assert (report.rounds, report.plans) == (240, 240)
+
+
+def test_a_server_whose_profile_never_drafted_is_replayed(tmp_path: Path) -> None:
+    recorder, parts = FlightRecorder(tmp_path, rounds=100), new_parts()
+    parts = parts._replace(cost=CostModel.fit([sample for sample in parts.cost.samples if not sample.drafted]))
+    run(recorder.watch(make_policy("adaptive", parts), parts), 400)
+    report = replay(written(recorder))
+    assert report.difference is None
+    assert report.plans > 50
 
 
 def test_rounds_and_bytes_are_bounded(tmp_path: Path) -> None:

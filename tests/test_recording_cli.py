@@ -29,6 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recorder, parts = FlightRecorder(directory), new_parts()
         run(recorder.watch(make_policy(name, parts), parts), 300)
         recorder.dump(directory / f"{name}.npz")
+        recorder.wait()
     return directory
 
 

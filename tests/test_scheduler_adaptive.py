@@ -164,12 +164,42 @@ def test_a_floor_cuts_the_total_down_to_what_keeps_it() -> None:
     assert bound.reason == "tier"
 
 
-def test_a_floor_that_cannot_be_met_is_said_and_served() -> None:
+def test_expected_tokens_count_every_request_alike() -> None:
+    costs = LinearCosts()
+    found = []
+    for weight in (1.0, 4.0):
+        policy = AdaptivePolicy(GAMMA, 4, costs)
+        live(policy, costs, lambda i: 0.6, rounds=40)
+        found.append(policy.plan(this_batch(4, weight=[weight] * 4)).expected_tokens)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    light, heavy = (
+        AdaptivePolicy(GAMMA, 4, costs).plan(this_batch(4, weight=[weight] * 4)).expected_tokens
+        for weight in (1e-6, 1e6)
+    )
+    assert 4 <= light <= 4 * (GAMMA + 1)
+    assert light == pytest.approx(heavy, rel=1e-5)
+
+
+def test_expected_tokens_of_mixed_weights_are_those_of_what_is_admitted() -> None:
+    costs = LinearCosts()
+    policy = AdaptivePolicy(GAMMA, 4, costs)
+    batch, confidence_RG = this_batch(4, weight=[1, 1, 1, 3]), np.full((4, GAMMA), 0.6, dtype=np.float32)
+    for _ in range(80):  # acceptance as predicted, so that realism stays at 1
+        finish(policy, batch, policy.plan(batch), confidence_RG, [1, 1, 2, 1])
+    plan = next(plan for plan in (policy.plan(batch) for _ in range(20)) if plan.reason == "price")
+    lens_R = policy.admit(batch, plan, confidence_RG)
+    survival_G = np.cumprod(confidence_RG[0])
+    admitted = 4 + policy.realism(sampled=False) * sum(float(survival_G[: length - 1].sum()) for length in lens_R)
+    assert plan.expected_tokens == pytest.approx(admitted, rel=0.05)
+
+
+def test_a_floor_that_cannot_be_met_is_said_and_served(caplog: pytest.LogCaptureFixture) -> None:
     costs = LinearCosts(draft=0.001)
     policy = AdaptivePolicy(GAMMA, 2, costs, speed_floor=1000.0)
     summary = live(policy, costs, lambda i: 0.9, requests=2, rounds=60)
     assert summary.reasons["floor-unmet"] > 30
     assert policy.incidents.unmet_floors > 30
+    assert caplog.text.count("cannot be met") == 1
     assert summary.rate > live(OffPolicy(), costs, lambda i: 0.9, requests=2, rounds=60).rate
 
 

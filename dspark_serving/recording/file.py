@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -103,6 +104,13 @@ def describe(policy: str, parts: PolicyParts, reason: str, *, lost: int) -> Head
         numpy=np.__version__,
         machine=platform.machine(),
     )
+
+
+def check_writable(directory: Path) -> None:
+    """Raise OSError where no file can be made; the directory is made if it is missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 def write_recording(path: Path, recording: Recording) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dspark_serving.recording.file import Recording, describe, write_recording
+from dspark_serving.recording.file import Recording, check_writable, describe, write_recording
 from dspark_serving.recording.rounds import NEVER, Round, Snapshot
 from dspark_serving.recording.state import capture
 from dspark_serving.scheduler.catalog import PolicyParts
@@ -107,32 +107,45 @@ class FlightRecorder:
         header = describe(self._name, self._parts, reason, lost=self._lost)
         return Recording(header, tuple(kept for kept, _ in self._ring), tuple(self._snapshots))
 
-    def dump(self, path: Path | None = None, *, reason: str = "on demand") -> Path:
-        """Write the ring to `path` (default: a new file in the directory) and say where."""
+    def dump(self, path: Path | None = None) -> Path:
+        """Write the ring to `path` (default: a new file in the directory) in a thread, and say where.
+
+        Raises:
+            OSError: nothing can be written there, or another file is being written.
+        """
+        if self._busy:
+            raise OSError("another recording is being written")
         path = path or self._new_path()
-        write_recording(path, self.recording(reason))
-        logger.info("recording of %d rounds (%s): %s", self.rounds, reason, path)
+        check_writable(path.parent)
+        logger.info("recording of %d rounds on demand: %s", self.rounds, path)
+        self._write(path, "on demand")
         return path
 
     def anomaly(self, reason: str) -> Path | None:
         """Write the ring in a thread, because something is wrong; None when there were files enough already."""
         now = self._clock()
-        busy = self._writer is not None and self._writer.is_alive()
-        if busy or now < self._quiet_until or self._files >= _MAX_FILES:
+        if self._busy or now < self._quiet_until or self._files >= _MAX_FILES:
             return None
         self._quiet_until = now + _QUIET_SECONDS
         self._files += 1
         path = self._new_path()
         logger.warning("anomaly: %s; the last %d rounds go to %s", reason, self.rounds, path)
-        content = self.recording(reason)
-        self._writer = threading.Thread(target=_write_or_warn, args=(path, content), name="dspark-recording")
-        self._writer.start()
+        self._write(path, reason)
         return path
 
     def wait(self) -> None:
-        """Until the file of the last anomaly is written."""
+        """Until the last file is written."""
         if self._writer is not None:
             self._writer.join()
+
+    @property
+    def _busy(self) -> bool:
+        return self._writer is not None and self._writer.is_alive()
+
+    def _write(self, path: Path, reason: str) -> None:
+        content = self.recording(reason)
+        self._writer = threading.Thread(target=_write_or_warn, args=(path, content), name="dspark-recording")
+        self._writer.start()
 
     def _new_path(self) -> Path:
         self._dumps += 1

@@ -105,11 +105,13 @@ class AdaptivePolicy:
         if self._gate.rests(requests, context, newcomers):
             return self._plain(requests, context, sampled, "off")
         outlook = weigh(self._prospect(batch, context, sampled))
+        if outlook.reason == "floor-unmet":
+            self.incidents.unmet_floors += 1
+            self._warn_once("floor-unmet", "a request's floor of tokens a second cannot be met at the present load")
         verdict = self._gate.decide(outlook.advantage, requests, context, sampled)
         if verdict in ("off", "plain-probe"):
             return self._plain(requests, context, sampled, "off" if verdict == "off" else "probe")
         plan = Plan(True, outlook.price, outlook.capacity, outlook.reason, outlook.tokens, outlook.seconds)
-        self.incidents.unmet_floors += outlook.reason == "floor-unmet"
         if verdict == "probe" and not looking:
             self._history.forget()
             self._prior.doubt(8.0)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_serving.scheduler.cost_fit import CostCurves, CostSample, Curve, fit_curves, round_up
+from dspark_serving.scheduler.cost_fit import CostCurves, CostSample, fit_curves, round_up
 from dspark_serving.scheduler.cost_refine import Refiner
 
 __all__ = ["CostModel", "CostSample"]
@@ -39,6 +39,7 @@ class CostModel:
         self.rejected = 0
         """Observations with impossible times or sizes: counted, otherwise ignored."""
         self._curves = curves
+        self._first_draft: float | None = None  # seconds of the first draft pass, where no profiled round drafted
         self._speed = 1.0  # of all times, by what was measured lately
         self._tier_ends = np.array([*(self.tiers or ()), 0])  # the last one: beyond all tiers, nothing rounds up
         self._rows: dict[int, np.ndarray] = {}  # by requests: until the next observation
@@ -137,8 +138,8 @@ class CostModel:
             return
         if drafted:
             predicted = float(self.verify(requests, np.array([tokens]), context, sampled)[0])
-            if curves.draft is None:
-                self._curves = curves._replace(draft=Curve([1], [draft_seconds * math.exp(-self._rest.shared)]))
+            if curves.draft is None and self._first_draft is None:
+                self._first_draft = draft_seconds * math.exp(-self._rest.shared)
                 self._drafts.clear()
             self._drafting.observe(_nearest_octave(requests), math.log(draft_seconds / self.draft(requests, sampled)))
         else:
@@ -167,10 +168,11 @@ class CostModel:
     def _predict_draft(self, requests: int) -> float:
         if self._curves is None:
             return math.nan
-        if self._curves.draft is None:
+        seconds = self._first_draft if self._curves.draft is None else self._curves.draft(requests)
+        if seconds is None:
             return 0.0
         correction = self._rest.shared + self._drafting.shared + _between_octaves(self._drafting.local_N, requests)
-        return self._curves.draft(requests) * math.exp(correction)
+        return seconds * math.exp(correction)
 
     def _predict_plain(self, requests: int) -> float:
         """Without the context."""

@@ -22,6 +22,9 @@ LEAST_LEVEL = 0.1
 """Of the fastest sample, at least, is the cost of the fewest tokens: predictions stay positive."""
 REWEIGHTINGS = 8
 MIN_SPREAD = 0.005
+SHORTEST, LONGEST = 1e-7, 1e5
+"""Seconds that a round can take."""
+MOST_CONTEXT = 1 << 40
 MAX_KNOTS = 32
 """Of a curve: more distinct sizes than these share segments."""
 
@@ -157,15 +160,15 @@ def check_samples(samples: Sequence[CostSample]) -> None:
     if not samples:
         raise DataError("no cost samples", expected="at least one measured round", fix="Measure the engine again.")
     for sample in samples:
-        times = np.isfinite([sample.draft_seconds, sample.seconds]).all()
+        times = SHORTEST <= sample.seconds <= LONGEST
         draft_fits = (sample.draft_seconds > 0) == sample.drafted and 0 <= sample.draft_seconds < sample.seconds
         tokens_fit = sample.tokens >= sample.requests >= max(sample.sampled, 1) and sample.sampled >= 0
         tokens_fit &= sample.drafted or sample.tokens == sample.requests
-        if not (times and draft_fits and tokens_fit and sample.context >= 0):
+        if not (times and draft_fits and tokens_fit and 0 <= sample.context <= MOST_CONTEXT):
             raise DataError(
                 f"impossible cost sample {tuple(sample)}",
                 expected="1 <= requests <= tokens (equal when nothing was drafted), 0 <= sampled <= requests, "
-                "context >= 0, finite times with 0 <= draft_seconds < seconds, draft_seconds > 0 exactly when drafted",
+                "context >= 0, possible times, 0 <= draft_seconds < seconds, draft_seconds > 0 exactly when drafted",
                 fix="Measure the engine again.",
             )
 

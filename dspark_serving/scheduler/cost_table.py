@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from dspark_serving.errors import DataError
 from dspark_serving.scheduler.cost import CostModel, CostSample
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COST_DIRECTORY = "cost"  # of the cache, and of a bundle that carries tables
 FIX = "Delete the file; the next start of the server measures again."
 
@@ -31,6 +31,7 @@ class CostKey(BaseModel):
     attention_backend: str
     threads: int = Field(ge=1)
     gamma: int = Field(ge=1, description="drafted tokens a block")
+    tiers: tuple[PositiveInt, ...] | None = Field(description="captured token totals, ascending; None: eager")
     sglang: str
     plugin: str
 
@@ -46,7 +47,6 @@ class _CostFile(BaseModel):
     format: Literal["dspark-cost"] = "dspark-cost"
     version: int = FORMAT_VERSION
     key: CostKey
-    tiers: tuple[PositiveInt, ...] | None
     samples: tuple[CostSample, ...]
 
 
@@ -75,14 +75,20 @@ def save_cost(directory: Path, key: CostKey, model: CostModel) -> Path:
     """Write what `model` was fitted to (what it learned online stays with the process); replaces the file at once.
 
     Raises:
-        DataError: the model knows nothing, or its samples do not fit the key's block size.
+        DataError: the model knows nothing, or it does not fit the key's block size or captured totals.
     """
     _check_block_size(model.samples, key, "the cost model to save")
+    if model.tiers != key.tiers:
+        raise DataError(
+            f"a cost model for graphs of {model.tiers} tokens",
+            expected=f"graphs of {key.tiers}",
+            fix="Mend the caller.",
+        )
     if not model.known:
         raise DataError("a cost model without data", expected="one fitted to samples", fix="Measure the engine first.")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / key.file_name
-    content = _CostFile(key=key, tiers=model.tiers, samples=model.samples).model_dump_json(indent=1)
+    content = _CostFile(key=key, samples=model.samples).model_dump_json(indent=1)
     with tempfile.NamedTemporaryFile("w", dir=directory, prefix=path.stem, suffix=".part", delete=False) as part:
         part.write(content)
     os.replace(part.name, path)
@@ -114,7 +120,7 @@ def load_cost(directory: Path, key: CostKey) -> CostModel | None:
         )
     _check_key(path, content.key, key)
     _check_block_size(content.samples, key, f"cost table {path}")
-    return CostModel.fit(content.samples, content.tiers)
+    return CostModel.fit(content.samples, key.tiers)
 
 
 def _check_key(path: Path, found: CostKey, wanted: CostKey) -> None:

@@ -35,7 +35,7 @@ class Outlook(NamedTuple):
     price: float
     capacity: int
     reason: str
-    tokens: float  # expected, weighted, bonus tokens included
+    tokens: float  # expected, bonus tokens included
     seconds: float
     advantage: float  # its rate by plain decoding's; where one of them breaks a floor, by what they keep of it
 
@@ -45,7 +45,7 @@ def weigh(prospect: Prospect) -> Outlook:
     weight_R, value_SHG = prospect.weight_R, prospect.survival_SHG
     anchors = float(prospect.requests)
     if weight_R is not None:
-        anchors = float(weight_R.sum())
+        anchors = float(weight_R.sum(dtype=np.float64))
         value_SHG = value_SHG * weight_R[:, None, None]
     return _everything(prospect, value_SHG, anchors) or _best_total(prospect, value_SHG, anchors)
 
@@ -68,12 +68,13 @@ def _everything(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Ou
         steepest = float(np.maximum.reduce(slope_M))
     if anchors / seconds * steepest > smallest:
         return None
-    tokens = anchors + prospect.realism * whole / value_SHG.size * float(np.add.reduce(value_SHG, axis=None))
-    rate = tokens / seconds
+    value = anchors + prospect.realism * whole / value_SHG.size * float(np.add.reduce(value_SHG, axis=None))
+    rate = value / seconds
     # If every step up to it pays at the rate of the whole window, then no smaller total has a better rate.
     if rate * steepest > smallest:
         return None
     advantage = rate * prospect.plain_seconds / anchors
+    tokens = value if prospect.weight_R is None else _tokens(prospect, value_SHG, -math.inf)
     return Outlook(0.0, whole, "bypass", tokens, seconds, advantage)
 
 
@@ -88,8 +89,8 @@ def _best_total(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Ou
     sorted_value.sort()
     take_N = (drafts_N * times).astype(np.int64)
     gain = gain_curve(sorted_value)
-    tokens_N = anchors + scale * gain.take(take_N)
-    rate_N = tokens_N / seconds_N
+    value_N = anchors + scale * gain.take(take_N)
+    rate_N = value_N / seconds_N
     plain_rate = anchors / prospect.plain_seconds
     if prospect.floor_R is None:
         best, share, plain_share = int(rate_N.argmax()), math.inf, math.inf
@@ -97,21 +98,31 @@ def _best_total(prospect: Prospect, value_SHG: np.ndarray, anchors: float) -> Ou
         best, share, plain_share = _within_floors(prospect, prospect.floor_R, value_SHG, sorted_value, rate_N)
     capacity = int(drafts_N[best])
     if prospect.tiered:
-        price, tokens, seconds = 0.0, float(tokens_N[best]), float(seconds_N[best])
+        price, worth, seconds = 0.0, int(take_N[best]), float(seconds_N[best])
+        value = float(value_N[best])
     else:
         low, high = max(best - 1, 0), min(best + 1, len(total_N) - 1)
         slope = max(float((seconds_N[high] - seconds_N[low]) / (total_N[high] - total_N[low])), 0.0)
         price = max(float(rate_N[best]), plain_rate) * slope / prospect.realism
         worth = sorted_value.size - int(sorted_value.searchsorted(np.float32(price)))
-        tokens = anchors + scale * float(gain[worth])
+        value = anchors + scale * float(gain[worth])
         seconds = float(seconds_N[best]) + slope * (worth / times - capacity)
         if prospect.floor_R is None:
             capacity = whole
     reason = "floor-unmet" if share < 1.0 else "tier" if prospect.tiered else "price"
-    advantage = tokens / seconds / plain_rate
+    advantage = value / seconds / plain_rate
     if min(share, plain_share) < 1.0:  # a floor goes before the rate
         advantage = min(share, 1.0) / min(plain_share, 1.0)
+    tokens = value
+    if prospect.weight_R is not None:
+        tokens = _tokens(prospect, value_SHG, sorted_value[-worth] if worth else math.inf)
     return Outlook(price, capacity, reason, tokens, seconds, advantage)
+
+
+def _tokens(prospect: Prospect, value_SHG: np.ndarray, least: float) -> float:
+    """Expected tokens, each counting 1, when all values of at least `least` are verified."""
+    drafts = float(np.where(value_SHG >= least, prospect.survival_SHG, 0.0).sum(axis=-1).mean())
+    return prospect.requests * (1.0 + prospect.realism * drafts)
 
 
 def _within_floors(

@@ -24,10 +24,7 @@ from dspark_serving.scheduler.round import Batch, Plan
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 15.0
-"""Bound of the whole profile."""
-
-_LAST = 0.1  # share of the bound that is left to the measurement under way when time is up
+_LAST = 0.1  # share of the time that is left to the measurement under way when it is up
 _REPEATS = 2
 _SHORT, _LONG = 24, 256  # tokens of the synthetic prompts
 _SEED = 7
@@ -58,28 +55,29 @@ class _FixedPolicy(FullPolicy):
         return np.full(batch.requests, self._verify_len, dtype=np.int32)
 
 
-def profile_engine(scheduler: Any, *, seconds: float = SECONDS) -> list[CostSample]:
+def profile_engine(scheduler: Any, deadline: float) -> list[CostSample]:
     """Time rounds over a grid of batch sizes, verify lengths and contexts.
 
     Args:
         scheduler: SGLang's scheduler, completely constructed, with our worker.
-        seconds: stop after that long; the ends of the grid come first, so what is left out lies between them.
+        deadline: stop then (time.monotonic); the ends of the grid come first, so what is left out lies between them.
+            The first of them is measured in any case.
     """
-    return _measure(scheduler, _groups(scheduler), seconds)
+    return _measure(scheduler, _groups(scheduler), deadline)
 
 
-def relative_error(scheduler: Any, cost: CostModel, *, seconds: float = SECONDS) -> float:
+def relative_error(scheduler: Any, cost: CostModel, deadline: float) -> float:
     """Median relative error of predicted round times, in a few rounds of one request and of a middling batch."""
     sizes = dict.fromkeys((1, min(8, _most_requests(scheduler))))
-    samples = _measure(scheduler, [_Group(size, _SHORT) for size in sizes], seconds)
+    samples = _measure(scheduler, [_Group(size, _SHORT) for size in sizes], deadline)
     predicted = [cost.seconds(s.requests, s.tokens, s.context, s.drafted) for s in samples]
     return float(np.median([abs(sample.seconds / p - 1.0) for sample, p in zip(samples, predicted, strict=True)]))
 
 
-def _measure(scheduler: Any, groups: list[_Group], seconds: float) -> list[CostSample]:
+def _measure(scheduler: Any, groups: list[_Group], deadline: float) -> list[CostSample]:
     worker = scheduler.draft_worker
     before, started = worker.policy, time.monotonic()
-    deadline = started + (1.0 - _LAST) * seconds
+    deadline -= _LAST * max(deadline - started, 0.0)
     samples: list[CostSample] = []
     try:
         for group in groups:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dspark_serving.config import ServingConfig, flag, variable
 from dspark_serving.drafters import DrafterSpec, check_fit, check_target_files, check_weights, make_view, read_spec
 from dspark_serving.drafters.spec import read_json_object
 from dspark_serving.errors import CheckpointError, EnvironmentMismatchError, OptionError
+from dspark_serving.recording.file import check_writable
 from dspark_serving.scheduler import survival_map
 from dspark_serving.scheduler.survival_map import SurvivalMap
 from dspark_serving.sglang_adapter.cpu.standins import has_accelerator
@@ -128,9 +128,7 @@ def _check_recording(config: ServingConfig) -> None:
     if config.recording is None:
         return
     try:
-        config.recording.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.recording):
-            pass
+        check_writable(config.recording)
     except OSError as error:
         raise OptionError(
             f"{flag('recording')} {config.recording}: {error.strerror}",

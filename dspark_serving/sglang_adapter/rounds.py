@@ -15,6 +15,9 @@ from dspark_serving.sglang_adapter.device import HostCopy
 
 logger = logging.getLogger(__name__)
 
+MOST_WISH = 1e6
+"""The largest weight or speed that a request may ask for, and the reciprocal of the smallest."""
+_REMEMBERED = 256  # ignored wishes
 _UNFINISHED = 8  # rounds between launch and result: one without overlap, two with it
 _IDLE_SHARE = (
     0.5  # a pause before a round longer than this share of it means that the server was idle or busy elsewhere
@@ -41,6 +44,7 @@ class BatchReader:
     def __init__(self, generations: torch.Tensor) -> None:
         self._generations = generations.numpy()  # of every row of the request pool, kept by SGLang on the host
         self._wishes: _Wishes | None = None
+        self._told: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)  # wishes that the log has been told of
 
     def read(self, batch: Any) -> Batch:
         """The batch before its round."""
@@ -53,33 +57,37 @@ class BatchReader:
             or not np.array_equal(wishes.slots_R, slots_R)
             or not np.array_equal(wishes.generations_R, generations_R)
         ):
-            self._wishes = wishes = _read_wishes(batch.reqs, slots_R.astype(np.int64), generations_R)
+            self._wishes = wishes = self._read_wishes(batch.reqs, slots_R.astype(np.int64), generations_R)
         lens = batch.seq_lens_cpu if batch.seq_lens_cpu is not None else batch.seq_lens.cpu()
         context_R = lens.numpy().astype(np.int64)
         return Batch(
             wishes.slots_R, wishes.generations_R, context_R, wishes.temperature_R, wishes.weight_R, wishes.floor_R
         )
 
+    def _read_wishes(self, requests: list[Any], slots_R: np.ndarray, generations_R: np.ndarray) -> _Wishes:
+        temperatures, weights, floors = [], [], []
+        for request in requests:
+            params = request.sampling_params
+            temperatures.append(0.0 if params.top_k == 1 else params.temperature)
+            custom = params.custom_params  # anything: SGLang does not look at it
+            asked = custom.get("dspark", {}) if isinstance(custom, dict) else {}
+            weights.append(self._positive(request.rid, asked, "weight", 1.0))
+            floors.append(self._positive(request.rid, asked, "min_tokens_per_second", 0.0))
+        as_floats = (np.array(values, dtype=np.float32) for values in (temperatures, weights, floors))
+        return _Wishes(slots_R, generations_R, *as_floats)
 
-def _read_wishes(requests: list[Any], slots_R: np.ndarray, generations_R: np.ndarray) -> _Wishes:
-    temperatures, weights, floors = [], [], []
-    for request in requests:
-        params = request.sampling_params
-        temperatures.append(0.0 if params.top_k == 1 else params.temperature)
-        asked = (params.custom_params or {}).get("dspark") or {}
-        weights.append(_positive(request.rid, asked, "weight", 1.0))
-        floors.append(_positive(request.rid, asked, "min_tokens_per_second", 0.0))
-    as_floats = (np.array(values, dtype=np.float32) for values in (temperatures, weights, floors))
-    return _Wishes(slots_R, generations_R, *as_floats)
-
-
-def _positive(rid: str, asked: Any, name: str, default: float) -> float:
-    """A wish of a request; one that cannot be read is ignored, so that no request can stop the server."""
-    value = asked.get(name, default) if isinstance(asked, dict) else None
-    if isinstance(value, int | float) and np.isfinite(value) and (value > 0 or value == default):
-        return float(value)
-    logger.warning("request %s: dspark.%s is %r; expected a positive number. It is ignored.", rid, name, value)
-    return default
+    def _positive(self, rid: str, asked: Any, name: str, default: float) -> float:
+        """A wish of a request; one that cannot be read is ignored, so that no request can stop the server."""
+        value = asked.get(name, default) if isinstance(asked, dict) else None
+        if isinstance(value, int | float) and (1 / MOST_WISH <= value <= MOST_WISH or value == default):
+            return float(value)
+        if (rid, name) not in self._told:
+            self._told.append((rid, name))
+            logger.warning(
+                "request %s: dspark.%s is %.100r; expected a positive number of at most %.0e. It is ignored.",
+                rid, name, value, MOST_WISH,
+            )  # fmt: skip
+        return default
 
 
 class Launched(NamedTuple):

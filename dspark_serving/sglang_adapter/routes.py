@@ -54,8 +54,11 @@ def router(state: Callable[[], Any]) -> APIRouter:
     @routes.post("/recording")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def dump_recording() -> dict[str, Any]:
-        """Write the newest rounds to a file in the server's recording directory (see the log for its name)."""
+        """Write the newest rounds to a file in the server's recording directory, which appears when it is complete.
+
+        The log has its name.
+        """
         await update({DUMP_KEY: 1})
-        return {"written": True}
+        return {"recording": True}
 
     return routes

@@ -177,8 +177,10 @@ class DsparkServingWorker(DSparkWorkerV2):
         outcome = self._rounds.complete(num_correct_drafts_per_req)
         if outcome is None:
             return
-        self.stats.count(outcome, None if self.repertoire is None else self.repertoire.parts.cost.tiers)
+        self.stats.count(outcome, self.gamma, None if self.repertoire is None else self.repertoire.parts.cost.tiers)
         self.policy.observe(outcome)
+        if self.repertoire is not None:
+            self.repertoire.learn(self.policy.name, outcome)
         if self._metrics is not None:
             self._metrics.update(self.stats, outcome, {} if self.repertoire is None else self.repertoire.facts())
 
