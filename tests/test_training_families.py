@@ -230,6 +230,7 @@ def test_a_target_that_shows_no_layers_is_refused() -> None:
 
 
 def test_a_target_without_one_width_for_all_layers_is_refused(target: Target) -> None:
-    target_ = SimpleNamespace(config=SimpleNamespace(**target.config.to_dict() | {"intermediate_size": [96, 192]}))
+    config = SimpleNamespace(**target.config.to_dict() | {"intermediate_size": [96, 192]})
+    target_ = SimpleNamespace(config=config, decoder=target.decoder)
     with pytest.raises(CheckpointError, match="intermediate_size"):
         dims_for(target_, shape(""), "dspark")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from dspark_training.config import DataConfig, RunConfig
+from dspark_training.config import DataConfig, RunConfig, WarmStartConfig
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import SampleStore
 from dspark_training.data.tokens import build, load_samples
@@ -18,7 +19,7 @@ from dspark_training.run import run_recipe
 from dspark_training.target import Target
 from dspark_training.trainer import Trainer
 
-from dspark_serving.errors import DataError, OptionError
+from dspark_serving.errors import CheckpointError, DataError, OptionError
 from tests.test_training_run import config, samples
 from tests.tiny_models import make_tiny_target
 
@@ -89,11 +90,58 @@ def test_a_trained_work_directory_belongs_to_one_recipe_and_one_target(target: T
         run(told, target, tmp_path)
 
 
-def test_before_a_checkpoint_only_what_answers_come_from_must_stay(target: Target, tmp_path: Path) -> None:
+def test_a_trained_work_directory_belongs_to_the_content_of_its_data(target: Target, tmp_path: Path) -> None:
+    given, noted = tmp_path / "given.jsonl", tmp_path / "work" / "run.json"
+    SampleStore(given).append(samples())
+    told = recipe(samples=str(given))
+    run(told, target, tmp_path)
+    before, rows = noted.read_text(), given.read_bytes()
+    SampleStore(given).append([samples()[0]._replace(key="new")])
+    with pytest.raises(OptionError, match=r"given\.jsonl has changed since .*work was trained on it"):
+        run(told, target, tmp_path)
+    assert noted.read_text() == before
+    given.write_bytes(rows)
+    run(told, target, tmp_path)
+
+
+def changed(told: RunConfig, group: str, **fields: Any) -> RunConfig:
+    return told.model_copy(update={group: getattr(told, group).model_copy(update=fields)})
+
+
+def test_settings_that_do_not_fit_the_target_are_named_before_it_answers(target: Target, tmp_path: Path) -> None:
+    told = recipe(prompts=(prompt_file(tmp_path / "p.jsonl"),))
+    start = WarmStartConfig(path=str(tmp_path / "nothing"))
+    for wrong, named in [
+        (changed(told, "drafter", init_layers=(99,)), r"drafter\.init_layers \[99\] do not exist"),
+        (changed(told, "drafter", target_layer_ids=(2, 0)), r"drafter\.target_layer_ids is \[2, 0\].*ascending"),
+        (changed(told, "drafter", target_layer_ids=()), r"drafter\.target_layer_ids is \[\].*at least one"),
+        (changed(told, "features", layer_ids=(0, 2, 2)), r"features\.layer_ids is \[0, 2, 2\]"),
+        (changed(told, "features", layer_ids=(0, 2, 9)), r"features\.layer_ids \[9\] do not exist"),
+        (changed(told, "features", layer_ids=(0, 1)), r"features\.layer_ids \[0, 1\] lack \[2\]"),
+        (told.model_copy(update={"warm_start": start}), "nothing"),
+    ]:
+        with pytest.raises((OptionError, CheckpointError), match=named):
+            run(wrong, target, tmp_path)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_target_that_shows_no_layers_is_refused_before_it_answers(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target.model, "get_decoder", lambda: torch.nn.Identity())
+    with pytest.raises(CheckpointError, match="exposes no hidden states"):
+        run(recipe(prompts=(prompt_file(tmp_path / "p.jsonl"),)), target, tmp_path)
+    assert not (tmp_path / "work").exists()
+
+
+def test_before_a_checkpoint_only_what_answers_come_from_must_stay(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told, answers = recipe(prompts=(prompt_file(tmp_path / "p.jsonl"),)), tmp_path / "work" / "samples.jsonl"
-    wrong = told.model_copy(update={"drafter": told.drafter.model_copy(update={"init_layers": (99,)})})
-    with pytest.raises(OptionError, match="init_layers"):
-        run(wrong, target, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("dspark_training.run.Trainer", lambda *arguments: 1 / 0)  # killed behind the answers
+        with pytest.raises(ZeroDivisionError):
+            run(told, target, tmp_path)
     before = answers.read_text()
     with pytest.raises(OptionError, match=r"data\.max_new_tokens 12, this run has 13"):
         run(recipe(prompts=told.data.prompts, max_new_tokens=13), target, tmp_path)
@@ -123,6 +171,9 @@ def test_a_resumed_run_has_the_same_samples_though_some_answers_were_unusable(
     assert ANSWERS not in run(told, target, tmp_path)
     assert answers.read_text() == before
     answers.write_text("".join(before.splitlines(keepends=True)[1:]))
+    with pytest.raises(OptionError, match=r"samples\.jsonl has changed"):
+        run(told, target, tmp_path)
+    shutil.rmtree(tmp_path / "work" / "checkpoints")
     with pytest.raises(DataError, match=r"samples\.complete\.json"):
         run(told, target, tmp_path)
 

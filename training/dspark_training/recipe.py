@@ -161,9 +161,14 @@ def provenance(config: RunConfig, target: Target, files: Iterable[Path] = ()) ->
     return {
         "recipe": config.model_dump(mode="json"),
         "target": {"name": name, "fingerprint": target_fingerprint(target)},
-        "data_sha256": {str(path): sha256_of(path) for path in files if path.is_file()},
+        "data_sha256": data_sha256(files),
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in packages},
     }
+
+
+def data_sha256(files: Iterable[Path]) -> dict[str, str]:
+    """Hash of each file that exists, by its path."""
+    return {str(path): sha256_of(path) for path in files if path.is_file()}
 
 
 def _version(name: str) -> str | None:

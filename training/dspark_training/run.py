@@ -25,8 +25,9 @@ from dspark_training.data.tokens import load_samples
 from dspark_training.data.written import read_seeds, write_prompts
 from dspark_training.evaluation.figures import conditional_acceptance
 from dspark_training.evaluation.walk import walk_drafter, walk_prompt_lookup
+from dspark_training.models.check import check_settings
 from dspark_training.processes import launched
-from dspark_training.recipe import provenance
+from dspark_training.recipe import data_sha256, provenance
 from dspark_training.target import Target
 from dspark_training.trainer import StepReport, Trainer
 from dspark_training.workdir import SAMPLES, WRITTEN, claim, complete_samples, is_complete, mark_complete, write_run
@@ -54,20 +55,22 @@ def run_recipe(
         One row per evaluation file (see evaluate_drafter); none in other processes than the first.
 
     Raises:
-        OptionError: `work` was made with another recipe or target, or two evaluation files have one name.
-        DsparkError: a prompt file or the target cannot be used, or training diverged.
+        OptionError: `work` was made with another recipe, target or data, or two evaluation files have one name.
+        DsparkError: a setting, a prompt file or the target cannot be used, or training diverged.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     processes = launched(target.model.device)
     evaluation = _evaluation_prompts(evaluation_files)
+    check_settings(config, target, processes.world)
+    origin = provenance(config, target, _data_files(config, work))
     with processes.one_after_first():
         if processes.first:
-            claim(work, provenance(config, target))
+            claim(work, origin)
         samples = _samples(config, target, work, on_answers)
     trainer = Trainer(config, target, samples, work, processes)
-    origin = provenance(config, target, _data_files(config, work))
     if processes.first:
+        origin["data_sha256"] = data_sha256(_data_files(config, work))  # answers may be new
         write_run(work, origin)
     trainer.run(on_step)
     if not processes.first:

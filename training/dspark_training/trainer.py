@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dspark_serving.errors import DataError, DsparkError, OptionError
+from dspark_serving.errors import DataError, DsparkError
 from dspark_training import checkpoint
 from dspark_training.batches import Draw, pools
 from dspark_training.config import RunConfig
@@ -23,6 +23,7 @@ from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
 from dspark_training.features.cache import CachedFeatures, CacheIdentity, layer_columns
 from dspark_training.features.source import FeatureSource, OnlineFeatures
+from dspark_training.models.check import check_settings
 from dspark_training.models.setup import Drafter, feature_scale, new_drafter
 from dspark_training.models.warm_start import warm_start
 from dspark_training.objectives.build import Objective, build_objective
@@ -86,7 +87,7 @@ class Trainer:
             raise DataError(f"{len(samples)} samples to train on", expected="at least 2", fix="Generate answers first.")
         self.config, self.target, self.output = config, target, output
         self.processes = processes or Processes()
-        _check_split(config, self.processes.world)
+        check_settings(config, target, self.processes.world)
         self.train_samples, self.validation_samples = split(samples, config.data.validation_share)
         self.vocab, self.coverage = DraftVocab.most_frequent(
             self.train_samples, config.drafter.draft_vocab_size, target.config.vocab_size, target.stop_ids
@@ -289,13 +290,4 @@ def _require_finite(name: str, value: Tensor, step: int) -> None:
             expected=f"a finite {name}",
             fix="Set a lower optim.learning_rate and another --work; data.samples may name the samples.jsonl of this "
             "one.",
-        )
-
-
-def _check_split(config: RunConfig, world: int) -> None:
-    if config.optim.micro_batches % world:
-        raise OptionError(
-            f"{config.optim.micro_batches} micro-batches a step in {world} processes",
-            expected="a multiple of the number of processes",
-            fix=f"Set optim.micro_batches={world} (and a lower optim.sequences for the same batch).",
         )

@@ -34,13 +34,15 @@ _NOT_OF_ANSWERS = {"data.samples", "data.batch_size", "data.validation_share"}
 def claim(work: Path, origin: dict[str, Any]) -> None:
     """Note in run.json which run the directory belongs to, unless it holds what another run has left.
 
-    Answers belong to a target and to the fields that they come from; a checkpoint belongs to a target and all fields.
+    Answers belong to a target and to the fields that they come from; a checkpoint belongs to a target, all fields and
+    the content of the data files (of those that are still there: complete answers need no prompts).
 
     Args:
         origin: of `recipe.provenance`.
 
     Raises:
-        OptionError: the directory was made with another recipe or target; names the first field that differs.
+        OptionError: the directory was made with another recipe, target or data; names the first field or file that
+            differs.
     """
     trained = checkpoint.latest(work / "checkpoints") is not None
     answered = origin["recipe"]["data"]["samples"] is None and any((work / n).exists() for n in (SAMPLES, ATTEMPTS))
@@ -101,6 +103,14 @@ def _require_same(path: Path, origin: dict[str, Any], *, trained: bool) -> None:
             f"this one is {ours['name']} ({ours['fingerprint']})",
             expected="the same configuration and weights, read by the same version of transformers",
             fix=_FIX,
+        )
+    files, hashes = origin["data_sha256"], made.get("data_sha256", {})
+    changed = next((file for file in files if files[file] != hashes.get(file, files[file])), None)
+    if trained and changed is not None:
+        raise OptionError(
+            f"{changed} has changed since {path.parent} was trained on it",
+            expected=f"the content whose sha256 {path} names",
+            fix="Put the file back, choose another --work directory, or delete this one.",
         )
 
 

@@ -32,13 +32,12 @@ def dims_for(target: Target, shape: DrafterShape, algorithm: Family) -> DrafterD
     """Dimensions of a drafter that shares the target's widths; what the algorithm fixes overrides `shape`.
 
     Raises:
-        OptionError: a layer or token id that the target does not have.
-        CheckpointError: the target's config.json lacks a width.
+        OptionError: a layer or token id that the target does not have, or feature layers in another order.
+        CheckpointError: the target shows no layers, or its config.json lacks a width.
     """
     c, shape = target.config, shape.model_copy(update=_FIXED[algorithm])
-    # The last layer's output is only exposed after the final norm.
-    _check_layers(target, "target_layer_ids", shape.target_layer_ids, c.num_hidden_layers - 2)
-    _check_layers(target, "init_layers", shape.init_layers, c.num_hidden_layers - 1)
+    check_context_layers(target, "drafter.target_layer_ids", shape.target_layer_ids)
+    _check_layers(target, "drafter.init_layers", shape.init_layers, len(target.decoder.layers) - 1)
     if shape.mask_token_id >= c.vocab_size:
         raise OptionError(
             f"mask_token_id {shape.mask_token_id} is outside the target's vocabulary",
@@ -65,13 +64,26 @@ def dims_for(target: Target, shape: DrafterShape, algorithm: Family) -> DrafterD
     )
 
 
+def check_context_layers(target: Target, field: str, ids: Sequence[int]) -> None:
+    """Raise OptionError unless `ids` are layers, ascending as serving requires, whose output the target shows."""
+    # The last layer's output is only exposed after the final norm.
+    last = len(target.decoder.layers) - 2
+    _check_layers(target, field, ids, last)
+    if not ids or list(ids) != sorted(set(ids)):
+        raise OptionError(
+            f"{field} is {list(ids)}",
+            expected=f"at least one id from 0 to {last}, in ascending order, each once",
+            fix=f"Correct {field}.",
+        )
+
+
 def _check_layers(target: Target, field: str, ids: Sequence[int], last: int) -> None:
     bad = [i for i in ids if not 0 <= i <= last]
     if bad:
         raise OptionError(
             f"{field} {bad} do not exist in a target of {target.config.num_hidden_layers} layers",
             expected=f"ids from 0 to {last}",
-            fix=f"Correct drafter.{field}.",
+            fix=f"Correct {field}.",
         )
 
 

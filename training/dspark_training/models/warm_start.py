@@ -49,14 +49,7 @@ def warm_start(
         CheckpointError: the checkpoint cannot be read, was made for another target or, unless only heads are taken,
             reads other feature layers; or no weight fits.
     """
-    spec = check_fit(read_spec(path), target.config.to_dict(), Path(target.model.name_or_path))
-    if parts != "heads" and spec.target_layer_ids != tuple(layer_ids):
-        raise CheckpointError(
-            f"the drafter {path} reads the target's layers {list(spec.target_layer_ids)}",
-            expected=f"the layers that this run reads, {list(layer_ids)}",
-            fix="Set drafter.target_layer_ids to the checkpoint's, or take only its heads.",
-        )
-    check_weights(spec)
+    spec = start_spec(target, layer_ids, path, parts)
     found, weights = _weights(spec, scale_M), drafter.state_dict()
     fitting = [name for name in weights if _asked(name, parts) and _fits(name, weights[name], found, spec)]
     if not fitting:
@@ -72,6 +65,23 @@ def warm_start(
     left = tuple(name for name in weights if name not in taken)
     log.info("%d weights start from %s, %d do not: %s", len(taken), path, len(left), ", ".join(left) or "none")
     return WarmStart(taken, left)
+
+
+def start_spec(target: Target, layer_ids: tuple[int, ...], path: Path, parts: Parts) -> DrafterSpec:
+    """What stands at `path`, fit to start from; no weight is read.
+
+    Raises:
+        CheckpointError: see `warm_start`.
+    """
+    spec = check_fit(read_spec(path), target.config.to_dict(), Path(target.model.name_or_path))
+    if parts != "heads" and spec.target_layer_ids != tuple(layer_ids):
+        raise CheckpointError(
+            f"the drafter {path} reads the target's layers {list(spec.target_layer_ids)}",
+            expected=f"the layers that this run reads, {list(layer_ids)}",
+            fix="Set drafter.target_layer_ids to the checkpoint's, or take only its heads.",
+        )
+    check_weights(spec)
+    return spec
 
 
 def _weights(spec: DrafterSpec, scale_M: Tensor) -> dict[str, Tensor]:
