@@ -25,7 +25,9 @@ from sglang.srt.speculative.dspark_components import dspark_planner as native
 from dspark_serving.bench.results import ResultFile, Row
 from dspark_serving.cli.console import one_line_errors, report
 from dspark_serving.scheduler.adaptive import AdaptivePolicy
+from dspark_serving.scheduler.calibration import Calibration
 from dspark_serving.scheduler.cost import CostModel, CostSample
+from dspark_serving.scheduler.recalibration import OnlineCalibration
 from dspark_serving.scheduler.round import Batch, Outcome
 
 _RESULT = Path(__file__).parent / "results" / "planner_cost.json"
@@ -55,8 +57,9 @@ def confidences(rng: np.random.Generator, requests: int, gamma: int) -> np.ndarr
 
 
 def ours(requests: int, gamma: int, rng: np.random.Generator) -> Callable[[np.ndarray], object]:
-    """A planner with a warm history; returns one round of it."""
-    policy = AdaptivePolicy(gamma, requests, cost_model(requests * (gamma + 1)))
+    """A planner as servers have it, with a calibration and a warm history; returns one round of it."""
+    calibration = OnlineCalibration(Calibration.identity(gamma))
+    policy = AdaptivePolicy(gamma, requests, cost_model(requests * (gamma + 1)), calibration)
     batch = Batch.ordinary(np.arange(requests), np.full(requests, _CONTEXT, dtype=np.int64))
     for _ in range(33):  # beyond the warm-up, for a full history
         shown_RG = confidences(rng, requests, gamma)
@@ -140,7 +143,7 @@ def main(
             report(", ".join(f"{row['planner']} {row['microseconds']:.1f} us" for row in rows[-2:]) + f" at {requests}")
         notes = (
             f"Plan and admission of one round on the host, {gamma} positions, one thread; the two planners take turns "
-            f"of {_TURN} rounds. Native: SGLang's compute_verify_token_budget and top-k step, every total in its table."
+            f"of {_TURN} rounds. Ours calibrates the confidences, native takes them as they are. Native: SGLang's compute_verify_token_budget and top-k step, every total in its table."
         )
         result.write(rows, notes)
         output.with_suffix(".md").write_text(markdown(rows, notes))

@@ -114,8 +114,8 @@ class Calibration:
 
 
 def logit(probability: np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)) in float32, finite for 0 and 1."""
-    odds = np.maximum(probability, _EDGE, dtype=np.float32)
+    """log(p / (1 - p)) in float32, finite for 0 and 1, contiguous."""
+    odds = np.maximum(probability, _EDGE, dtype=np.float32, order="C")
     np.minimum(odds, _ONE - _EDGE, out=odds)
     odds /= _ONE - odds
     return np.log(odds, out=odds)

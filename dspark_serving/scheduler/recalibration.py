@@ -41,6 +41,9 @@ class OnlineCalibration:
         self._settling_BG = np.zeros(cells)  # labels that still count as after a drift
         self._sums_2G = np.zeros((2, base.gamma))  # of all bands lately: labels, observed - predicted
         self._line_2BG = np.zeros((2, *cells), dtype=np.float32)  # what `apply` does: factor and addend of raw logits
+        # Of the last call: a batch brings the same array as long as it has the same members.
+        self._seen_temperature_R: np.ndarray | None = None
+        self._seen_bands = np.zeros(1, dtype=np.int64)
         self._publish()
 
     @property
@@ -60,8 +63,13 @@ class OnlineCalibration:
         return self._line_2BG
 
     def apply(self, confidence_RG: np.ndarray, temperature_R: np.ndarray) -> np.ndarray:
-        """Calibrated confidences [R, G] float32 of confidences in [0, 1], from earlier rounds' labels only."""
-        return self._correct(logit(confidence_RG), bands(temperature_R))
+        """Calibrated confidences [R, G] float32 of confidences in [0, 1], from earlier rounds' labels only.
+
+        They lie in memory position by position, as admission takes them.
+        """
+        if temperature_R is not self._seen_temperature_R:
+            self._seen_temperature_R, self._seen_bands = temperature_R, _common(bands(temperature_R))
+        return self._correct(logit(confidence_RG.T), self._seen_bands).T
 
     def observe(
         self, confidence_RG: np.ndarray, verify_lens_R: np.ndarray, accepted_R: np.ndarray, temperature_R: np.ndarray
@@ -77,7 +85,7 @@ class OnlineCalibration:
         band_R = bands(temperature_R)
         raw_RG = logit(np.where(label_RG, confidence_RG, np.float32(0.5)))
         z_RG = raw_RG * self._base.scale_G
-        predicted_RG = self._correct(raw_RG, band_R)
+        predicted_RG = self._correct(raw_RG.T.copy(), band_R).T
         values_6RG = np.empty((6, *label_RG.shape))
         values_6RG[0] = label_RG
         values_6RG[1] = label_RG * ((self._position_G < accepted_R[:, None]) - predicted_RG)
@@ -93,15 +101,12 @@ class OnlineCalibration:
         self._sums_2G = np.exp(-counts_2G[0] / MEMORY) * self._sums_2G + counts_2G
         self._publish()
 
-    def _correct(self, logits_RG: np.ndarray, band_R: np.ndarray) -> np.ndarray:
-        """Probabilities of raw logits, which are overwritten."""
-        if len(band_R) and band_R[0] == band_R[-1] and (band_R == band_R[0]).all():
-            factor_RG, addend_RG = self._line_2BG[:, band_R[0]]
-        else:
-            factor_RG, addend_RG = self._line_2BG.take(band_R, axis=1)
-        logits_RG *= factor_RG
-        logits_RG += addend_RG
-        return sigmoid(logits_RG)
+    def _correct(self, logits_GR: np.ndarray, band_R: np.ndarray) -> np.ndarray:
+        """Probabilities of raw logits [G, R], which are overwritten; `band_R` is one band for all, [1], or of each."""
+        factor_GR, addend_GR = self._line_2BG.transpose(0, 2, 1).take(band_R, axis=2)
+        logits_GR *= factor_GR
+        logits_GR += addend_GR
+        return sigmoid(logits_GR)
 
     def _learn(self, sums_6BG: np.ndarray) -> None:
         """A Newton step from the sums of a round; what is forgotten is replaced by the prior."""
@@ -145,3 +150,8 @@ class OnlineCalibration:
 def bands(temperature_R: np.ndarray) -> np.ndarray:
     """Index into BANDS of each request; a temperature that is no number counts as hot."""
     return _BAND_ENDS.searchsorted(temperature_R)
+
+
+def _common(band_R: np.ndarray) -> np.ndarray:
+    """The one band of all requests, [1], or the bands as they are."""
+    return band_R[:1] if len(band_R) and (band_R == band_R[0]).all() else band_R
