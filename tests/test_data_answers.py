@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dspark_training.config import DataConfig, DrafterShape, RunConfig
 from dspark_training.data.answers import answer
+from dspark_training.data.chat import ChatTemplate
 from dspark_training.data.conversation import Prompt
+from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import SampleStore
+from dspark_training.data.tokenizer import fingerprint
+from dspark_training.data.tokens import build, load_samples
+from dspark_training.run import run_recipe
 from dspark_training.target import Target
 
 from dspark_serving.errors import DataError
@@ -95,6 +102,36 @@ def test_a_killed_run_goes_on_and_over_long_prompts_are_written_down(target: Tar
         ask(target, asked[30:], tmp_path / "none.jsonl")
     few = ask(target, asked, tmp_path / "few.jsonl", max_samples=5)
     assert len(few.prompt_keys()) == 5
+
+
+def test_answers_of_another_tokenizer_do_not_join_and_are_not_trained_on(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [Prompt.ask("chat", f"say {i}") for i in range(4)]
+    path, own = tmp_path / "s.jsonl", fingerprint(target.tokenizer)
+    ask(target, asked[:2], path)
+    before = path.read_bytes()
+    build([path], tmp_path / "store", Skipped(None))
+    assert load_samples(path, own) == list(load_samples(tmp_path / "store", own))
+    build([tmp_path / "store"], tmp_path / "again", Skipped(None))
+    monkeypatch.setattr(target.tokenizer, "chat_template", TEMPLATE + " ")
+    with pytest.raises(DataError, match=r"s\.jsonl come from another tokenizer"):
+        ask(target, asked, path)
+    assert path.read_bytes() == before
+    with pytest.raises(DataError, match="come from another tokenizer"):
+        build([path], tmp_path / "new", Skipped(None), template=ChatTemplate.of(target))
+    given = RunConfig(data=DataConfig(samples=""), drafter=DrafterShape(target_layer_ids=(0, 2), mask_token_id=3))
+    for kept in (path, tmp_path / "store", tmp_path / "again"):
+        config = given.model_copy(update={"data": DataConfig(samples=str(kept))})
+        with pytest.raises(DataError, match=f"{kept} come from another tokenizer"):
+            run_recipe(config, target, tmp_path / "b", tmp_path / "w", [], lambda step: None, lambda *stage: None)
+    Path(f"{path}.tokenizer").unlink()  # as files of earlier versions are
+    assert len(ask(target, asked, path).prompt_keys()) == 4
+    monkeypatch.setattr(target.tokenizer, "chat_template", TEMPLATE)
+    other = copy.deepcopy(target.tokenizer)
+    assert fingerprint(other) == own
+    other.add_tokens(["new"])
+    assert fingerprint(other) != own
 
 
 def test_a_conversation_that_the_template_refuses_at_its_second_turn_stops_no_other(

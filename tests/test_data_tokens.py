@@ -48,7 +48,7 @@ def test_a_tokenised_store_gives_back_every_sample(tmp_path: Path) -> None:
     assert list(store) == made == load_samples(source)
     assert store[3:5] == made[3:5]
     assert store[-1] == made[-1]
-    assert summary == (30, 600, 30 * 14, content_hash(reversed(made)))
+    assert summary == (30, 600, 30 * 14, content_hash(reversed(made)), None)
     store.verify()
     assert skipped.counts == {}
     wide = build([stored(tmp_path / "w.jsonl", samples(3, largest=200_000))], tmp_path / "wide", skipped)

@@ -255,9 +255,12 @@ def test_a_half_written_checkpoint_is_never_seen(target: Target, tmp_path: Path)
     assert newest.name == "step-0000004"
 
 
-def test_too_few_samples_and_wrong_layers_are_refused(target: Target, tmp_path: Path) -> None:
+def test_too_few_samples_foreign_ids_and_wrong_layers_are_refused(target: Target, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         Trainer(config(4), target, samples(1), tmp_path)
+    foreign = [*samples(), samples()[0]._replace(key="far", ids=[*samples()[0].ids, target.config.vocab_size])]
+    with pytest.raises(DataError, match="the sample far holds the token id 512; expected ids below 512"):
+        Trainer(config(4), target, foreign, tmp_path)
     wrong = config(4).model_copy(update={"drafter": config(4).drafter.model_copy(update={"target_layer_ids": (0, 3)})})
     with pytest.raises(OptionError, match="target_layer_ids"):
         Trainer(wrong, target, samples(), tmp_path)

@@ -19,6 +19,7 @@ from dspark_training.data.generate import Request, complete
 from dspark_training.data.prompts import read_prompts
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import Sample
+from dspark_training.data.tokenizer import fingerprint
 from dspark_training.data.tokens import load_samples
 from dspark_training.features.compress import CODECS, deepspec_bytes_per_token
 from dspark_training.target import Target
@@ -101,7 +102,7 @@ def _data(config: RunConfig, target: Target, work: Path) -> tuple[int, float, fl
     data = config.data
     answered = data.samples is not None or is_complete(work)
     kept = Path(data.samples) if data.samples is not None else work / SAMPLES
-    done = load_samples(kept) if answered or kept.exists() else []
+    done = load_samples(kept, fingerprint(target.tokenizer)) if answered or kept.exists() else []
     prompts = [] if answered else [p for name in data.prompts for p in read_prompts(name, Skipped(None))]
     count = len(prompts) + (0 if answered else sum(data.written_prompts.values()))
     count = min(count, data.max_samples or count)

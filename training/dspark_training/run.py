@@ -21,6 +21,7 @@ from dspark_training.data.conversation import Prompt
 from dspark_training.data.prompts import read_prompts, with_suffix
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import Sample
+from dspark_training.data.tokenizer import fingerprint
 from dspark_training.data.tokens import load_samples
 from dspark_training.data.written import read_seeds, write_prompts
 from dspark_training.evaluation.figures import conditional_acceptance
@@ -95,7 +96,7 @@ def _evaluation_prompts(files: Sequence[Path]) -> dict[str, list[Prompt]]:
 
 def _samples(config: RunConfig, target: Target, work: Path, on_answers: StageProgress) -> Sequence[Sample]:
     if config.data.samples is not None:
-        return load_samples(config.data.samples)
+        return load_samples(config.data.samples, fingerprint(target.tokenizer))
     if is_complete(work):
         return complete_samples(work)
     prompts = collect_prompts(config, target, Path.cwd(), work, partial(on_answers, "prompts by the target"))

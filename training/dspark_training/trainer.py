@@ -18,7 +18,7 @@ from dspark_training import checkpoint
 from dspark_training.batches import Draw, pools
 from dspark_training.config import RunConfig
 from dspark_training.data.blocks import Blocks, cut_blocks
-from dspark_training.data.store import Sample, split
+from dspark_training.data.store import Sample, require_ids_below, split
 from dspark_training.data.vocab import DraftVocab
 from dspark_training.evaluation.validation import Validation
 from dspark_training.features.cache import CachedFeatures, CacheIdentity, layer_columns
@@ -71,7 +71,7 @@ class Trainer:
         processes: this process and its peers; only the first one writes there.
 
     Raises:
-        DataError: fewer than two samples, or none with a token to predict.
+        DataError: fewer than two samples, none with a token to predict, or an id that the target does not have.
         OptionError, CheckpointError: the configuration, or the drafter to start from, does not fit the target.
     """
 
@@ -85,6 +85,7 @@ class Trainer:
     ) -> None:
         if len(samples) < 2:
             raise DataError(f"{len(samples)} samples to train on", expected="at least 2", fix="Generate answers first.")
+        require_ids_below(samples, target.config.vocab_size)
         self.config, self.target, self.output = config, target, output
         self.processes = processes or Processes()
         check_settings(config, target, self.processes.world)

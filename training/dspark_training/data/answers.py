@@ -45,7 +45,8 @@ def answer(
         thinking: passed to the chat template as `enable_thinking`; None leaves it to the template.
 
     Raises:
-        DataError: the target has no chat template, not one prompt can be used, or the disk is full.
+        DataError: the target has no chat template, not one prompt can be used, the store holds another tokenizer's ids,
+            or the disk is full.
     """
     store = SampleStore(store_path)
     skipped = Skipped(store.path.with_suffix(".skipped.jsonl"))

@@ -10,6 +10,7 @@ from dspark_training.data.chat import ChatTemplate, TemplateMismatchError, Turn,
 from dspark_training.data.conversation import Message, Prompt
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import LEAST_SUPERVISED, Sample, SampleStore
+from dspark_training.data.tokenizer import fingerprint
 
 
 class Dialogue:
@@ -83,8 +84,9 @@ def open_dialogues(
     """The prompts that the store does not hold yet, in random order, each with its temperature.
 
     Raises:
-        DataError: there are prompts, but the store is empty and none can be used.
+        DataError: there are prompts, but the store is empty and none can be used; or it holds another tokenizer's ids.
     """
+    store.claim(fingerprint(template.tokenizer))
     done = store.prompt_keys()
     rng = random.Random(seed)
     dialogues: dict[str, Dialogue] = {}

@@ -63,7 +63,7 @@ def answer_remotely(
     Raises:
         ServerLostError: the server cannot be reached any more.
         DataError: no request can succeed (wrong key or model), the server counts other tokens in a prompt than the
-            local tokenizer does, or the disk is full.
+            local tokenizer does, the store holds another tokenizer's ids, or the disk is full.
     """
     store = SampleStore(store_path)
     dialogues = open_dialogues(

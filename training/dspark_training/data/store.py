@@ -9,8 +9,10 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
+from dspark_serving.errors import DataError
 from dspark_training.data.conversation import RowError
 from dspark_training.data.jsonl import append_rows, drop_torn_line, json_lines
+from dspark_training.data.tokenizer import note, noted, require_same
 
 LEAST_SUPERVISED = 2  # a block needs an anchor and a token behind it
 _EXPECTED = "a row by `dspark data answers`"
@@ -72,6 +74,17 @@ def split(samples: Sequence[Sample], share: float) -> tuple[Picked, Picked]:
     return Picked(samples, order[held_out:]), Picked(samples, order[:held_out])
 
 
+def require_ids_below(samples: Iterable[Sample], vocab_size: int) -> None:
+    """Raise DataError if a sample holds an id that no target of this vocabulary has; names the first one."""
+    for sample in samples:
+        if max(sample.ids) >= vocab_size:
+            raise DataError(
+                f"the sample {sample.key} holds the token id {max(sample.ids)}",
+                expected=f"ids below {vocab_size}, the target's vocabulary",
+                fix="Let this target answer the prompts.",
+            )
+
+
 def content_hash(samples: Iterable[Sample]) -> str:
     """sha256 (hex) over keys, ids and spans in the order of the keys: the same data in any file have the same hash."""
     digest = hashlib.sha256()
@@ -101,6 +114,17 @@ class SampleStore:
     def prompt_keys(self) -> set[str]:
         """Keys of the prompts that are answered."""
         return {sample.key.partition(".")[0] for sample in self}
+
+    def claim(self, tokenizer: str) -> None:
+        """Note whose ids an empty file will hold.
+
+        Raises:
+            DataError: there are samples of another tokenizer, or the note cannot be written.
+        """
+        if self.path.exists() and self.path.stat().st_size:
+            require_same(self.path, noted(self.path), tokenizer)
+        else:
+            note(self.path, tokenizer)
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Write samples behind those that are there.

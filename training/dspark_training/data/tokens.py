@@ -17,6 +17,7 @@ from dspark_training.data.conversation import RowError, parse_row
 from dspark_training.data.prompts import raw_rows
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.store import LEAST_SUPERVISED, Sample, content_hash, read_samples, sample_of
+from dspark_training.data.tokenizer import fingerprint, noted, require_same
 
 _SUMMARY = "dspark.json"
 
@@ -28,6 +29,7 @@ class Summary(NamedTuple):
     tokens: int
     supervised: int
     content_hash: str  # see store.content_hash
+    tokenizer: str | None = None  # see tokenizer.fingerprint; None: not known
 
 
 class TokenStore(Sequence[Sample]):
@@ -70,13 +72,18 @@ class TokenStore(Sequence[Sample]):
             raise _damaged(self.path, "its content does not have the hash that was noted")
 
 
-def load_samples(path: str | Path) -> Sequence[Sample]:
+def load_samples(path: str | Path, tokenizer: str | None = None) -> Sequence[Sample]:
     """Samples of a tokenised store (memory-mapped) or of a JSONL file by `dspark data answers`.
 
+    Args:
+        tokenizer: fingerprint of the one that the ids shall come from; None takes any.
+
     Raises:
-        DataError: there is nothing, or what is there is damaged.
+        DataError: there is nothing, what is there is damaged, or it names another tokenizer.
     """
     path = Path(path)
+    if tokenizer is not None:
+        require_same(path, _tokenizer_of(path), tokenizer)
     samples: Sequence[Sample] = TokenStore(path) if path.is_dir() else list(read_samples(path))
     if not samples:
         raise DataError(f"{path} holds no sample", expected="answered prompts", fix="Run `dspark data answers` first.")
@@ -99,8 +106,14 @@ def build(
         max_tokens: longer samples are left out.
 
     Raises:
-        DataError: nothing is left, a text needs `template`, or the disk is full.
+        DataError: nothing is left, a text needs `template`, tokenizers differ, or the disk is full.
     """
+    tokenizer = None if template is None else fingerprint(template.tokenizer)
+    for path in map(Path, sources):
+        found = _tokenizer_of(path)
+        tokenizer = tokenizer or found
+        if tokenizer is not None:
+            require_same(path, found, tokenizer)
     kept: dict[str, Sample] = {}
     for source in sources:
         for where, sample in _samples_of(source, template, skipped):
@@ -115,10 +128,14 @@ def build(
             f"no sample is left. {skipped.summary()}", expected="at least one", fix="Look into the skipped rows."
         )
     tokens = sum(len(s.ids) for s in samples)
-    summary = Summary(len(samples), tokens, sum(s.supervised for s in samples), content_hash(samples))
+    summary = Summary(len(samples), tokens, sum(s.supervised for s in samples), content_hash(samples), tokenizer)
     # Two bytes an id where the vocabulary allows it.
     _save(samples, summary, output, "uint16" if max(max(s.ids) for s in samples) < 2**16 else "uint32")
     return summary
+
+
+def _tokenizer_of(path: Path) -> str | None:
+    return TokenStore(path).summary.tokenizer if (path / _SUMMARY).is_file() else noted(path)
 
 
 def _samples_of(source: str | Path, template: ChatTemplate | None, skipped: Skipped) -> Iterator[tuple[str, Sample]]:
