@@ -41,9 +41,6 @@ class OnlineCalibration:
         self._settling_BG = np.zeros(cells)  # labels that still count as after a drift
         self._sums_2G = np.zeros((2, base.gamma))  # of all bands lately: labels, observed - predicted
         self._line_2BG = np.zeros((2, *cells), dtype=np.float32)  # what `apply` does: factor and addend of raw logits
-        # Of the last call: a batch brings the same array as long as it has the same members.
-        self._seen_temperature_R: np.ndarray | None = None
-        self._seen_bands = np.zeros(1, dtype=np.int64)
         self._publish()
 
     @property
@@ -67,9 +64,10 @@ class OnlineCalibration:
 
         They lie in memory position by position, as admission takes them.
         """
-        if temperature_R is not self._seen_temperature_R:
-            self._seen_temperature_R, self._seen_bands = temperature_R, _common(bands(temperature_R))
-        return self._correct(logit(confidence_RG.T), self._seen_bands).T
+        band_R = bands(temperature_R)
+        if len(band_R) and band_R[0] == band_R[-1] and (band_R == band_R[0]).all():
+            band_R = band_R[:1]
+        return self._correct(logit(confidence_RG.T), band_R).T
 
     def observe(
         self, confidence_RG: np.ndarray, verify_lens_R: np.ndarray, accepted_R: np.ndarray, temperature_R: np.ndarray
@@ -150,8 +148,3 @@ class OnlineCalibration:
 def bands(temperature_R: np.ndarray) -> np.ndarray:
     """Index into BANDS of each request; a temperature that is no number counts as hot."""
     return _BAND_ENDS.searchsorted(temperature_R)
-
-
-def _common(band_R: np.ndarray) -> np.ndarray:
-    """The one band of all requests, [1], or the bands as they are."""
-    return band_R[:1] if len(band_R) and (band_R == band_R[0]).all() else band_R
