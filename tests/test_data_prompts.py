@@ -74,6 +74,10 @@ def test_tools_of_both_layouts(tmp_path: Path) -> None:
 
 BAD = [
     ("{", "no JSON"),
+    ({"prompt": "half a pair \ud83d"}, "text that is no Unicode"),
+    ({"turns": ["whole", "\udc00"]}, "text that is no Unicode"),
+    ({"prompt": "whole", "system": "\ud83d"}, "text that is no Unicode"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "text that is no Unicode"),
     ("[1]", "not a JSON object"),
     ({"domain": "math"}, "no prompt, turns, messages or conversations"),
     ({"prompt": "  "}, "empty user message"),

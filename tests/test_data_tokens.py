@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import resource
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dspark_training.data.chat import ChatTemplate
@@ -101,6 +103,35 @@ def test_what_cannot_be_trained_on_is_counted_and_written_down(tmp_path: Path) -
     assert not (tmp_path / "none").exists()
     with pytest.raises(DataError, match=r"s\.jsonl:5"):
         load_samples(source)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"key": 5},
+        {"domain": None},
+        {"temperature": "hot"},
+        {"temperature": math.nan},
+        {"temperature": True},
+        {"top_p": None},
+        {"thinking": "yes"},
+    ],
+)
+def test_a_sample_with_a_field_of_another_type_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    good = samples(1)[0]._asdict()
+    (tmp_path / "s.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | wrong)}\n")
+    with pytest.raises(DataError, match=r"s\.jsonl:2: no sample"):
+        load_samples(tmp_path / "s.jsonl")
+
+
+def test_whole_numbers_hash_as_the_floats_that_a_store_makes_of_them(tmp_path: Path) -> None:
+    whole = samples(1)[0]._asdict() | {"temperature": 1, "top_p": 1}
+    (tmp_path / "s.jsonl").write_text(json.dumps(whole) + "\n")
+    build([tmp_path / "s.jsonl"], tmp_path / "store", Skipped(None))
+    store = load_samples(tmp_path / "store")
+    assert isinstance(store, TokenStore)
+    store.verify()
+    assert store.summary.content_hash == content_hash(load_samples(tmp_path / "s.jsonl"))
 
 
 def test_answered_conversations_are_masked_by_the_template(tmp_path: Path) -> None:

@@ -134,7 +134,17 @@ def parse_row(row: object) -> Conversation:
     if not messages:
         raise RowError("empty conversation")
     domain = row.get("domain") or row.get("source") or "chat"
-    return Conversation(str(domain), tuple(messages), _tools(row.get("tools")))
+    conversation = Conversation(str(domain), tuple(messages), _tools(row.get("tools")))
+    _require_unicode(conversation)
+    return conversation
+
+
+def _require_unicode(said: Conversation) -> None:
+    """Half a surrogate pair, which JSON can hold, is a text that no tokenizer takes."""
+    try:
+        json.dumps(said, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise RowError("text that is no Unicode") from None
 
 
 def _message(raw: object) -> Message:

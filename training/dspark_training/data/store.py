@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -147,12 +148,23 @@ def sample_of(row: object) -> Sample:
         if not isinstance(row, dict):
             raise TypeError("no JSON object")
         sample = Sample(**row | {"spans": [(int(start), int(end)) for start, end in row["spans"]]})
+        if not (type(sample.key) is type(sample.domain) is str and isinstance(sample.thinking, bool | None)):
+            raise TypeError("a field of another type")
+        heat = None if sample.temperature is None else _number(sample.temperature)
+        sample = sample._replace(temperature=heat, top_p=_number(sample.top_p))
         ends = [0, *(edge for span in sample.spans for edge in span), len(sample.ids)]
     except (TypeError, KeyError, ValueError):
         raise RowError("no sample", expected=_EXPECTED) from None
     if ends != sorted(ends) or sample.supervised == 0 or not all(type(i) is int and i >= 0 for i in sample.ids):
         raise RowError("a sample whose spans or ids cannot be", expected=_EXPECTED)
     return sample
+
+
+def _number(value: object) -> float:
+    """Whole numbers too as floats: the same data have the same hash."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise TypeError("no number")
+    return float(value)
 
 
 def read_samples(path: Path) -> Iterator[Sample]:
