@@ -72,6 +72,8 @@ def test_two_drafters_side_by_side(world: Path, tmp_path: Path) -> None:
             assert good["accepted_length"] > poor["accepted_length"]
             assert lengths["off", dataset, temperature]["accepted_length"] == 1
             assert ("prompt_lookup", dataset, temperature) in lengths
+    for row in lengths.values():  # every token but the prefill's was made by a round, and nothing else was
+        assert row["accepted_length"] == pytest.approx((row["output_tokens"] - row["requests"]) / row["rounds"])
     assert lengths["good", "gsm8k", 0.0]["equal_to_off"] == 1
     assert lengths["good", "gsm8k", 0.0]["requests"] == 12, "two turns of each question"
     (pair,) = [r for r in rows if "difference" in r and (r["dataset"], r["temperature"]) == ("gsm8k", 0.0)]
@@ -190,6 +192,7 @@ class _Chat(BaseHTTPRequestHandler):
     """Every answer takes 4 rounds: two with all of 2 drafts kept, two with none."""
 
     rounds, strangers = 0, 0
+    left = 0  # answers before the server fails
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -200,6 +203,10 @@ class _Chat(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        _Chat.left -= 1
+        if _Chat.left < 0:
+            self.send_error(500)
+            return
         _Chat.rounds += 4 + _Chat.strangers
         details = {"spec_verify_ct": 4, "spec_correct_drafts_histogram": [2, 0, 2]}
         text = body["messages"][-1]["content"].upper()
@@ -215,8 +222,8 @@ class _Chat(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def chat_server(strangers: int = 0) -> Iterator[str]:
-    _Chat.rounds, _Chat.strangers = 0, strangers
+def chat_server(strangers: int = 0, answers: int = 1000) -> Iterator[str]:
+    _Chat.rounds, _Chat.strangers, _Chat.left = 0, strangers, answers
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Chat)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -238,6 +245,21 @@ def test_a_server_is_asked_the_same_questions(world: Path, tmp_path: Path) -> No
     assert row["tokens_per_second"] > 0
     kept = [json.loads(line) for line in next((tmp_path / "w").rglob("*.jsonl")).read_text().splitlines()[1:]]
     assert {r["text"] for r in kept if r["turn"] == 1} == {"AGAIN"}
+
+
+def test_what_a_server_answered_before_it_was_lost_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in range(20)))
+    with chat_server(answers=19) as url:
+        arguments = ("--url", url, "--dataset", f"gsm8k={tmp_path}/q.jsonl", "--work", tmp_path / "w")
+        alone = ("--concurrency", 1, "--output", tmp_path / "o.json")
+        code, said = run(*arguments, *alone)
+        assert code == 2
+        assert "did not answer a question" in said
+        _Chat.left = 4  # as many as the last piece has
+        code, said = run(*arguments, *alone)
+    assert code == 0, said
+    (row,) = [r for r in rows_of(tmp_path / "o.json") if "accepted_length" in r]
+    assert (row["requests"], row["rounds"]) == (20, 80)
 
 
 def test_a_server_that_others_use_is_no_measurement(world: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dspark_training.evaluation.records import Record
 from dspark_training.evaluation.subjects import Ask
 
 _SECONDS = 600.0  # an answer may take
+_PIECE = 8  # questions for each request under way: what a lost server had answered before is kept
 
 
 class LiveSubject:
@@ -44,17 +45,20 @@ class LiveSubject:
         return {"how": "server", "url": self._url, "concurrency": self._concurrency, "seed": self._seed, **self._served}
 
     def answer(self, asks: Sequence[Ask], temperature: float, max_tokens: int) -> Iterator[list[Record]]:
-        """All turns asked, `concurrency` at a time, as one piece: times and counters are of all of them together."""
-        before = plugin_counters(server_info(self._url))
-        start = time.perf_counter()
+        """All turns asked, `concurrency` at a time, in pieces: times and counters are of a piece together."""
+        size = _PIECE * self._concurrency
         with httpx.Client(trust_env=False, timeout=_SECONDS) as client, ThreadPoolExecutor(self._concurrency) as pool:
-            bodies = list(pool.map(lambda ask: self._chat(client, ask, temperature, max_tokens), asks))
-        seconds = (time.perf_counter() - start) / len(asks)
-        records = [_record(ask, body, seconds) for ask, body in zip(asks, bodies, strict=True)]
-        after = plugin_counters(server_info(self._url))
-        if before is not None and after is not None:
-            _check_rounds(records, after.since(before))
-        yield records
+            for first in range(0, len(asks), size):
+                piece = asks[first : first + size]
+                before = plugin_counters(server_info(self._url))
+                start = time.perf_counter()
+                bodies = list(pool.map(lambda ask: self._chat(client, ask, temperature, max_tokens), piece))
+                seconds = (time.perf_counter() - start) / len(piece)
+                records = [_record(ask, body, seconds) for ask, body in zip(piece, bodies, strict=True)]
+                after = plugin_counters(server_info(self._url))
+                if before is not None and after is not None:
+                    _check_rounds(records, after.since(before))
+                yield records
 
     def _chat(self, client: httpx.Client, ask: Ask, temperature: float, max_tokens: int) -> dict[str, Any]:
         request = {
@@ -71,7 +75,7 @@ class LiveSubject:
             raise EnvironmentMismatchError(
                 f"{self._url} did not answer a question ({error})",
                 expected="a chat completion",
-                fix="See the server's log; finished datasets are kept.",
+                fix="See the server's log; the same command goes on behind the answers that are kept.",
             ) from error
 
 

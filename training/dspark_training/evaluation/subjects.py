@@ -138,7 +138,7 @@ class LocalSubject:
             output_tokens=len(decoded.answer_ids),
             seconds=decoded.seconds,
             rounds=len(decoded.accepted),
-            round_tokens=len(decoded.accepted) + sum(decoded.accepted),
+            round_tokens=len(decoded.answer_ids) - 1 if decoded.accepted else 0,  # the first is the prefill's
             prompt_ids=request.prompt_ids,
             answer_ids=decoded.answer_ids,
             accepted=decoded.accepted,
@@ -197,7 +197,7 @@ def walked(record: Record, walk: Walk, gamma: int) -> Record:
         update={
             "seconds": 0.0,
             "rounds": len(walk.accepted),
-            "round_tokens": len(walk.accepted) + sum(walk.accepted),
+            "round_tokens": record.output_tokens - 1 if walk.accepted else 0,
             "accepted": walk.accepted,
             "verified": [min(behind, gamma) for behind in walk.verified],
             "confidence": [],
