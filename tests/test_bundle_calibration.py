@@ -60,6 +60,16 @@ def test_greedy_rounds_are_those_of_real_decoding(tmp_path: Path) -> None:
     assert ((rounds.confidence_NG > 0) & (rounds.confidence_NG < 1)).all()
 
 
+def test_answers_that_are_no_plain_draw_of_the_targets_are_left_out(tmp_path: Path) -> None:
+    exported = export_tiny(tmp_path, "dspark")
+    ids = [*PROMPT, 10, 11, 12, 13]
+    whole = Sample("whole", "x", 0.8, ids, [(len(PROMPT), len(ids))])
+    cut, greedy = whole._replace(key="cut", top_p=0.9), whole._replace(key="greedy", temperature=0.0, top_p=0.9)
+    rounds = walked(exported, [cut, whole, greedy, whole._replace(key="given", temperature=None)])
+    assert sorted(set(rounds.temperature_N.tolist())) == [0.0, 0.8]
+    assert len(set(rounds.sample_N.tolist())) == 2, "top_p cuts nothing of a greedy answer"
+
+
 def test_confidences_behind_a_rejection_are_of_the_drafters_own_tokens(tmp_path: Path) -> None:
     """As in serving: what the text goes on with must not be seen by rows that follow a rejected draft."""
     exported = export_tiny(tmp_path, "dspark")

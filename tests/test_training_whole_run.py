@@ -183,6 +183,7 @@ def test_answers_of_unknown_temperature_end_in_a_bundle_that_is_not_calibrated(t
     run(recipe(samples=str(tmp_path / "given.jsonl")), target, tmp_path)
     card = (tmp_path / "bundle" / "README.md").read_text()
     assert "24 at unknown" in card
+    assert "24 answers by others" in card
     assert "predicted survival" not in card
 
 

@@ -239,6 +239,13 @@ def evaluate_drafter(
     return rows
 
 
+def _authors(temperatures: Counter[str]) -> str:
+    """Who wrote the answers: those that others wrote have no temperature."""
+    if "unknown" not in temperatures:
+        return "the target itself"
+    return "others" if len(temperatures) == 1 else "the target itself and others"
+
+
 def _facts(trainer: Trainer, target: str, samples: Sequence[Sample], rows: list[dict[str, Any]]) -> dict[str, Any]:
     told = [(s.domain, "unknown" if s.temperature is None else f"{s.temperature:g}", s.supervised) for s in samples]
     domains, temperatures = Counter(domain for domain, _, _ in told), Counter(heat for _, heat, _ in told)
@@ -246,6 +253,7 @@ def _facts(trainer: Trainer, target: str, samples: Sequence[Sample], rows: list[
         "target": target,
         "dtype": str(trainer.target.model.dtype).removeprefix("torch."),
         "samples": len(samples),
+        "authors": _authors(temperatures),
         "answer_tokens": sum(tokens for _, _, tokens in told),
         "domains": ", ".join(f"{n} {d}" for d, n in domains.most_common()),
         "temperatures": ", ".join(f"{n} at {t}" for t, n in temperatures.most_common()),

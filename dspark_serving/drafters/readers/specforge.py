@@ -28,9 +28,7 @@ def recognises(fields: Fields) -> bool:
     if name == "DSparkDraftModel":
         return True
     marks = fields.over(*_NESTED)
-    return name == "DFlashDraftModel" and any(
-        mark in marks for mark in ("projector_type", "markov_rank", "shift_label")
-    )
+    return name == "DFlashDraftModel" and any(mark in marks for mark in _MARKS)
 
 
 def read(directory: Path, fields: Fields) -> DrafterSpec:

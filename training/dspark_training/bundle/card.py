@@ -27,7 +27,7 @@ size and SHA-256 of every file (`dspark bundle verify`). Licence: {licence}; the
 
 ## How it was trained
 - Network: {num_layers} layers on the hidden states of target layers {layers}; {heads}.
-- Data: {samples} answers by the target itself ({answer_tokens:,} tokens; {domains}); by temperature:
+- Data: {samples} answers by {authors} ({answer_tokens:,} tokens; {domains}); by temperature:
   {temperatures}.
 - Start: {start}. Objective: {objective}.
 - {steps} optimizer steps, {tokens:,} target tokens run, {hours:.2f} hours of training on {machine}.{earlier}

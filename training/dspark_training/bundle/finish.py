@@ -11,7 +11,7 @@ from torch import Tensor
 from dspark_training.bundle.calibrate import fit_and_score
 from dspark_training.bundle.card import quality_section, write_card
 from dspark_training.bundle.export import Confidence, export_bundle
-from dspark_training.bundle.rounds import held_out_rounds
+from dspark_training.bundle.rounds import drawn_at, held_out_rounds
 from dspark_training.config import RunConfig
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
@@ -36,15 +36,15 @@ def finish_bundle(
 
     Args:
         scale_M: feature scale of training, which `source` applies and the bundle's `fc` takes over.
-        held_out: answers that were not trained on; too few of the target's own, drawn at a known temperature, leave the
-            drafter uncalibrated.
+        held_out: answers that were not trained on; too few of the target's own, drawn at a known temperature (see
+            `drawn_at`), leave the drafter uncalibrated.
         facts: for the card, see `write_card`.
         provenance: written to training.json; `earlier` runs of the weights among it.
 
     Raises:
         CheckpointError, OptionError: see `export_bundle`.
     """
-    usable = [sample for sample in held_out if sample.has_anchor and sample.temperature is not None]
+    usable = [sample for sample in held_out if sample.has_anchor and drawn_at(sample) is not None]
     fitted = fit_and_score(held_out_rounds(target, drafter, source, vocab, usable)) if usable else None
     if fitted is not None:
         facts = facts | {"confidence": quality_section(fitted, len(usable))}

@@ -60,6 +60,15 @@ class _Drafted(NamedTuple):
     statistics_BAK3: Tensor
 
 
+def drawn_at(sample: Sample) -> float | None:
+    """Temperature at which the answer was drawn from the target's whole distribution.
+
+    None where that is not so, hence how often its tokens are drawn is not known: somebody else gave it, or top_p cut
+    the distribution.
+    """
+    return None if sample.temperature and sample.top_p < 1 else sample.temperature
+
+
 @torch.no_grad()
 def held_out_rounds(
     target: Target,
@@ -72,14 +81,14 @@ def held_out_rounds(
 ) -> HeldOutRounds:
     """Walk the rounds of a drafter over answers of its target, at the temperatures they were drawn at.
 
-    Answers that somebody else gave (no temperature) are left out: how often their tokens are drawn is not known.
+    Answers without such a temperature are left out, see `drawn_at`.
 
     Args:
         source: features as the drafter takes them: unscaled for a bundle, scaled for a drafter in training.
         seed: of the coin flips of sampled answers.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = [(sample, sample.temperature) for sample in samples if sample.temperature is not None]
+    drawn = [(sample, heat) for sample in samples if (heat := drawn_at(sample)) is not None]
     columns: list[tuple[Any, ...]] = []
     for first in range(0, len(drawn), _GROUP):
         group, temperatures = zip(*drawn[first : first + _GROUP], strict=True)
