@@ -38,5 +38,6 @@ def replace_text(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".partial-{path.name}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

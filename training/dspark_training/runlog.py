@@ -24,7 +24,6 @@ class RunLog:
     """
 
     def __init__(self, output: Path, tensorboard: bool, history: Sequence[dict[str, Any]] = ()) -> None:
-        output.mkdir(parents=True, exist_ok=True)
         self._path = output / "log.jsonl"
         replace_text(self._path, "".join(json.dumps(row) + "\n" for row in history))
         next_step = history[-1]["step"] + 1 if history else 0

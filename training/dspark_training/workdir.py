@@ -53,7 +53,6 @@ def claim(work: Path, origin: dict[str, Any]) -> None:
 
 def write_run(work: Path, origin: dict[str, Any]) -> None:
     """Write run.json: complete, or as it was before."""
-    work.mkdir(parents=True, exist_ok=True)
     _write(work / RUN, origin)
 
 
