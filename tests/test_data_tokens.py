@@ -16,7 +16,7 @@ from dspark_training.data.chat import ChatTemplate
 from dspark_training.data.skipped import Skipped
 from dspark_training.data.stats import overlap, stats
 from dspark_training.data.store import Sample, SampleStore, content_hash, split
-from dspark_training.data.tokens import TokenStore, build, load_samples
+from dspark_training.data.tokens import Summary, TokenStore, build, load_samples
 from typer.testing import CliRunner
 
 from dspark_serving.cli.main import app
@@ -50,7 +50,7 @@ def test_a_tokenised_store_gives_back_every_sample(tmp_path: Path) -> None:
     assert list(store) == made == load_samples(source)
     assert store[3:5] == made[3:5]
     assert store[-1] == made[-1]
-    assert summary == (30, 600, 30 * 14, content_hash(reversed(made)), None)
+    assert summary == Summary(30, 600, 30 * 14, content_hash(reversed(made)), None)
     store.verify()
     assert skipped.counts == {}
     wide = build([stored(tmp_path / "w.jsonl", samples(3, largest=200_000))], tmp_path / "wide", skipped)
