@@ -143,7 +143,8 @@ def main(
             report(", ".join(f"{row['planner']} {row['microseconds']:.1f} us" for row in rows[-2:]) + f" at {requests}")
         notes = (
             f"Plan and admission of one round on the host, {gamma} positions, one thread; the two planners take turns "
-            f"of {_TURN} rounds. Ours calibrates the confidences, native takes them as they are. Native: SGLang's compute_verify_token_budget and top-k step, every total in its table."
+            f"of {_TURN} rounds. Ours calibrates the confidences, native takes them as they are. Native: SGLang's "
+            "compute_verify_token_budget and top-k step, every total in its table."
         )
         result.write(rows, notes)
         output.with_suffix(".md").write_text(markdown(rows, notes))

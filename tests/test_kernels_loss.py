@@ -72,7 +72,7 @@ def only(weights: RowWeights, term: str) -> RowWeights:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(op._CHUNK_LOGITS, "cpu", 1)  # the least number of rows a chunk: three chunks here
+    monkeypatch.setattr(op, "_CPU_CHUNK", 1)  # the least number of rows a chunk: three chunks here
 
 
 @pytest.mark.usefixtures("small_chunks")

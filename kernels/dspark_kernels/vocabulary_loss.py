@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark_kernels.row_terms import Chunk, row_terms
 
-_CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**26}  # of the draft, at once
+_CPU_CHUNK, _CHUNK = 2**19, 2**26  # logits of the draft at once, on a CPU and on an accelerator
 _MIN_ROWS = 32
 
 
@@ -160,10 +160,10 @@ def _cap(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | No
 
 def _chunks(position_N: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rows that lie together in the target, their distinct positions, and which of these each row has."""
-    size = max(_MIN_ROWS, _CHUNK_LOGITS[position_N.device.type] // vocabulary)
+    size = max(_MIN_ROWS, (_CPU_CHUNK if position_N.device.type == "cpu" else _CHUNK) // vocabulary)
     positions_P, inverse_N = torch.unique(position_N, return_inverse=True)
     order_N = inverse_N.argsort()
     owner_N = inverse_N[order_N]
     for rows_C, owner_C in zip(order_N.split(size), owner_N.split(size), strict=True):
-        first, last = owner_C[[0, -1]].tolist()
+        first, last = torch.stack((owner_C[0], owner_C[-1])).tolist()
         yield rows_C, positions_P[first : last + 1], owner_C - first

@@ -44,10 +44,10 @@ def save(
     try:
         with writing(f"the checkpoint {final}", CheckpointError):
             partial.mkdir(parents=True)
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
+            save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
             save_file(_flatten(optimizers), partial / _OPTIMIZER)
             if average is not None:
-                save_file(average, partial / _AVERAGE)
+                save_file({k: v.cpu() for k, v in average.items()}, partial / _AVERAGE)
             (partial / _STATE).write_text(json.dumps({"step": step, **state}, indent=1))
             os.replace(partial, final)
     finally:
@@ -77,7 +77,7 @@ def restore(
         for name, parameter in _named_parameters(optimizers):
             keys = [k for k in tensors if k.rpartition("/")[0] == name]
             optimizer = optimizers[int(name.partition(".")[0])]
-            optimizer.state[parameter] = {k.rpartition("/")[2]: tensors[k] for k in keys}
+            optimizer.state[parameter] = {k.rpartition("/")[2]: tensors[k].to(parameter.device) for k in keys}
         known = {name for name, _ in _named_parameters(optimizers)}
         if any(k.rpartition("/")[0] not in known for k in tensors):
             raise RuntimeError("other optimizers")
@@ -102,7 +102,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
     partial = path.with_name(f".partial-{path.name}")
     with writing(f"the weights {path}", CheckpointError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
+        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, partial)
         os.replace(partial, path)
 
 
@@ -113,7 +113,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def _flatten(optimizers: Optimizers) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": torch.as_tensor(value).contiguous()
+        f"{name}/{key}": torch.as_tensor(value).cpu().contiguous()
         for name, parameter in _named_parameters(optimizers)
         for key, value in optimizers[int(name.partition(".")[0])].state[parameter].items()
     }

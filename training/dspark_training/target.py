@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,12 @@ class TargetFeatures(NamedTuple):
     last_BTD: Tensor  # final hidden state after the last norm: lm_head input of the next token
 
 
+def device_here() -> torch.device:
+    """The accelerator of this process, of several the one that torchrun's LOCAL_RANK numbers; without any, the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
 class Target:
     """A frozen causal language model with the tokenizer it was trained with."""
 
@@ -119,7 +126,7 @@ class Target:
 
     @classmethod
     def load(cls, path: str | Path, dtype: torch.dtype | None = None) -> Target:
-        """Load a local checkpoint in safetensors format; without `dtype`, as it is stored.
+        """Load a local checkpoint in safetensors format to `device_here`; without `dtype`, as it is stored.
 
         Raises:
             CheckpointError: `path` is no checkpoint directory.
@@ -139,7 +146,12 @@ class Target:
             use_safetensors=True,
             attn_implementation="eager" if capped else _ATTENTION,
         )
-        return cls(model, AutoTokenizer.from_pretrained(path))
+        return cls(model.to(device_here()), AutoTokenizer.from_pretrained(path))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs; drafters are trained and evaluated there too."""
+        return self.model.device
 
     @property
     def lm_head_weight_VD(self) -> Tensor:

@@ -91,7 +91,11 @@ class Trainer:
         check_settings(config, target, self.processes.world)
         self.train_samples, self.validation_samples = split(samples, config.data.validation_share)
         self.vocab, self.coverage = DraftVocab.most_frequent(
-            self.train_samples, config.drafter.draft_vocab_size, target.config.vocab_size, target.stop_ids
+            self.train_samples,
+            config.drafter.draft_vocab_size,
+            target.config.vocab_size,
+            target.stop_ids,
+            target.device,
         )
         self.drafter: Drafter = new_drafter(target, config.drafter, config.algorithm, config.seed)
         self.layer_ids = config.drafter.target_layer_ids
@@ -167,14 +171,16 @@ class Trainer:
         """Accumulate the gradients of this process' micro-batches, average them over the processes, and step."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(())
+        device = self.target.device
+        total = torch.zeros((), device=device)
         for i, draw in enumerate(draws, start=1):
+            sequences = draw.sequences.to(device)
             if draw.forward not in supervised:
-                supervised[draw.forward] = supervise(self.source, draw.sequences, self.vocab)
-            blocks = cut_blocks(draw.sequences, draw.anchors_BA, self.config.drafter.block_size)
+                supervised[draw.forward] = supervise(self.source, sequences, self.vocab)
+            blocks = cut_blocks(sequences, draw.anchors_BA, self.config.drafter.block_size)
             last = i == len(draws)
             with nullcontext() if last else self.processes.without_averaging(module):
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
                     loss: Tensor = module(supervised[draw.forward], blocks) / len(draws)
                 _require_finite("loss", loss, self.step)
                 loss.backward()

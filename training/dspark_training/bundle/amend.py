@@ -61,7 +61,8 @@ def calibrate_bundle(
         OptionError: it is no bundle.
     """
     drafter, spec = load_bundle(directory, target=target)
-    vocab = DraftVocab(spec.draft_token_ids or range(spec.vocab_size), spec.vocab_size)
+    drafter.to(target.device)
+    vocab = DraftVocab(spec.draft_token_ids or range(spec.vocab_size), spec.vocab_size, target.device)
     samples = [
         sample
         for heat in temperatures

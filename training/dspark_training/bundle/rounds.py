@@ -24,6 +24,7 @@ from dspark_serving.scheduler.survival_map import draft_statistics
 from dspark_training.data.blocks import Blocks, Sequences, cut_blocks, pad, stack_anchors
 from dspark_training.data.store import Sample
 from dspark_training.data.vocab import DraftVocab
+from dspark_training.evaluation.acceptance import draw
 from dspark_training.evaluation.walk import walk
 from dspark_training.features.source import Features, FeatureSource
 from dspark_training.models.backbone import BlockDrafter
@@ -92,21 +93,25 @@ def held_out_rounds(
     columns: list[tuple[Any, ...]] = []
     for first in range(0, len(drawn), _GROUP):
         group, temperatures = zip(*drawn[first : first + _GROUP], strict=True)
-        sequences = pad(group)
+        sequences = pad(group).to(target.device)
         features = source(sequences)
         anchors = [[p for start, end in s.spans for p in range(start, end - 1)] for s in group]
-        temperature_B = torch.tensor(temperatures)
+        temperature_B = torch.tensor(temperatures, device=target.device)
         chunks = [
             _draft(target, drafter, vocab, sequences, features, chunk_BA, temperature_B, generator)
-            for chunk_BA in stack_anchors(anchors).split(_ANCHORS, dim=1)
+            for chunk_BA in stack_anchors(anchors).to(target.device).split(_ANCHORS, dim=1)
         ]
-        joined: list[Any] = [None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*chunks, strict=True)]
-        drafted = _Drafted(*joined)
+        drafted = _Drafted(*(_joined(parts) for parts in zip(*chunks, strict=True)))
         for b, sample in enumerate(group):
             visited = _visited(sample, drafted.accepted_BA[b].tolist())
             columns.append(_row_columns(drafted, b, visited, first + b, temperatures[b]))
     whole: list[Any] = [None if parts[0] is None else np.concatenate(parts) for parts in zip(*columns, strict=True)]
     return HeldOutRounds(*whole)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The anchors of all chunks, on the CPU."""
+    return None if parts[0] is None else torch.cat(tuple(parts), 1).cpu()
 
 
 def _row_columns(drafted: _Drafted, b: int, visited: list[int], sample: int, temperature: float) -> tuple[Any, ...]:
@@ -223,7 +228,7 @@ class _ChainDrafting:
     ) -> None:
         self._drafter, self._target = drafter, target
         self._head_VD = target.lm_head_weight_VD[vocab.ids_V].to(context_BTM.dtype)
-        first_B = torch.zeros(len(context_BTM), dtype=torch.long)
+        first_B = torch.zeros(len(context_BTM), dtype=torch.long, device=context_BTM.device)
         self._context = drafter.context(context_BTM, sequences.ids_BT.roll(-1, dims=1), first_B, target.embed)
         self._chain = drafter.begin(self._context, blocks.anchors_BA)
 
@@ -240,7 +245,7 @@ class _ChainDrafting:
 def _last_hidden(features: Features, blocks: Blocks, k: int) -> Tensor:
     """Input [B, A, D] of the target's head for the token that row k drafts."""
     positions_BA = (blocks.anchors_BA + k).clamp_max(features.last_BTD.shape[1] - 1)
-    return features.last_BTD[torch.arange(len(positions_BA))[:, None], positions_BA]
+    return features.last_BTD[torch.arange(len(positions_BA), device=positions_BA.device)[:, None], positions_BA]
 
 
 def _sampled(
@@ -260,11 +265,12 @@ def _sampled(
     column_N = vocab.columns_T[label_N]
     q_label_N = q_NV.gather(-1, column_N.clamp_min(0)[:, None])[:, 0] * (column_N >= 0)
     p_label_N = p_NT.gather(-1, label_N[:, None])[:, 0]
-    accept_N = torch.rand(len(label_N), generator=generator) * p_label_N < q_label_N
+    accept_N = torch.rand(len(label_N), generator=generator).to(p_label_N.device) * p_label_N < q_label_N
     # A rejected draft is distributed as q beyond p; behind a rejection drafts are the drafter's, whatever p.
     beyond_NV = (q_NV - p_NT[:, vocab.ids_V]).clamp_min(0.0)
     usable_N = alive_N & (beyond_NV.sum(-1) > 0)
-    own_N = torch.multinomial(torch.where(usable_N[:, None], beyond_NV, q_NV), 1, generator=generator)[:, 0]
+    weights_NV = torch.where(usable_N[:, None], beyond_NV, q_NV)
+    own_N = draw(weights_NV, torch.rand(len(label_N), generator=generator))
     return accept_N, torch.where(accept_N & alive_N, label_N, vocab.ids_V[own_N])
 
 

@@ -20,6 +20,10 @@ class Sequences(NamedTuple):
     mask_BT: Tensor  # 1 where a token is real
     supervised_BT: Tensor  # True where the assistant wrote the token
 
+    def to(self, device: torch.device) -> Sequences:
+        """The same on another device."""
+        return Sequences(self.keys, *(part.to(device) for part in self[1:]))
+
     @property
     def predicting_BT(self) -> Tensor:
         """True at t where token t is an anchor or inside a block: t and t + 1 are both supervised."""
@@ -39,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 def pad(samples: Sequence[Sample]) -> Sequences:
-    """Right-pad the conversations of some samples."""
+    """Right-pad the conversations of some samples, on the CPU."""
     ids_BT = torch.zeros(len(samples), max(len(s.ids) for s in samples), dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     supervised_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
@@ -72,11 +76,13 @@ def stack_anchors(chosen: Sequence[Sequence[int]]) -> Tensor:
 
 
 def cut_blocks(sequences: Sequences, anchors_BA: Tensor, block_size: int) -> Blocks:
-    """Cut the block of ids behind every anchor; -1 anchors give invalid rows."""
+    """Cut the block of ids behind every anchor, where the sequences are; -1 anchors give invalid rows."""
+    device = sequences.ids_BT.device
+    anchors_BA = anchors_BA.to(device)
     safe_BA = anchors_BA.clamp_min(0)
     limit = sequences.ids_BT.shape[1] - 1
-    positions_BAK = (safe_BA[..., None] + torch.arange(block_size)).clamp_max(limit)
-    batch_B11 = torch.arange(len(safe_BA))[:, None, None]
+    positions_BAK = (safe_BA[..., None] + torch.arange(block_size, device=device)).clamp_max(limit)
+    batch_B11 = torch.arange(len(safe_BA), device=device)[:, None, None]
     valid_BAK = sequences.predicting_BT[batch_B11, positions_BAK] & (anchors_BA >= 0)[..., None]
     return Blocks(
         safe_BA,

@@ -43,14 +43,13 @@ def complete(
 
 
 def _complete_batch(target: Target, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
-    stop_ids = torch.tensor(sorted(target.stop_ids))
-    limits_B = torch.tensor([r.max_new_tokens for r in requests])
-    temperatures_B = torch.tensor([r.temperature for r in requests])
+    stop_ids = target.stop_ids
+    temperatures_B = torch.tensor([r.temperature for r in requests], device=target.device)
     answers: list[list[int]] = [[] for _ in requests]
-    live_B = torch.arange(len(requests))  # row -> request
+    live = list(range(len(requests)))  # row -> request
+    finished = [False] * len(requests)  # by row
     cache = target.new_cache()
-    input_ids_BT, mask_BT = _left_pad([r.prompt_ids for r in requests])
-    finished_B = torch.zeros(len(requests), dtype=torch.bool)
+    input_ids_BT, mask_BT = (part.to(target.device) for part in _left_pad([r.prompt_ids for r in requests]))
     while True:
         out = target.model.base_model(
             input_ids=input_ids_BT,
@@ -61,25 +60,25 @@ def _complete_batch(target: Target, requests: Sequence[Request], generator: torc
         )
         # Two-dimensional: a batched product would copy the head's weight once a row.
         logits_BV = target.soft_cap(F.linear(out.last_hidden_state[:, -1].contiguous(), target.lm_head_weight_VD))
-        tokens_B = _sample(logits_BV.float(), temperatures_B[live_B], generator)
+        tokens_B = _sample(logits_BV.float(), temperatures_B, generator)
         for row, token in enumerate(tokens_B.tolist()):
-            if not finished_B[row]:
-                answers[live_B[row]].append(token)
-        lengths_B = torch.tensor([len(answers[i]) for i in live_B.tolist()])
-        finished_B |= torch.isin(tokens_B, stop_ids) | (lengths_B >= limits_B[live_B])
-        if finished_B.all():
+            if not finished[row]:
+                answer = answers[live[row]]
+                answer.append(token)
+                finished[row] = token in stop_ids or len(answer) >= requests[live[row]].max_new_tokens
+        going = [row for row, done in enumerate(finished) if not done]
+        if not going:
             break
-        if (~finished_B).sum() < _COMPACT_BELOW * len(finished_B):
-            rows = (~finished_B).nonzero()[:, 0]
-            live_B, tokens_B, mask_BT, finished_B = live_B[rows], tokens_B[rows], mask_BT[rows], finished_B[rows]
+        if len(going) < _COMPACT_BELOW * len(finished):
+            live, finished = [live[row] for row in going], [False] * len(going)
+            rows = torch.tensor(going, device=target.device)
+            tokens_B, mask_BT, temperatures_B = tokens_B[rows], mask_BT[rows], temperatures_B[rows]
             for layer in cache.layers:
                 if isinstance(layer, SlabLayer):
                     layer.keep_rows(rows)
         input_ids_BT = tokens_B[:, None]
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
-    return [
-        Completion(r.key, ids, stopped=ids[-1] in target.stop_ids) for r, ids in zip(requests, answers, strict=True)
-    ]
+    return [Completion(r.key, ids, stopped=ids[-1] in stop_ids) for r, ids in zip(requests, answers, strict=True)]
 
 
 def _left_pad(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
@@ -93,12 +92,14 @@ def _left_pad(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _sample(logits_BV: Tensor, temperatures_B: Tensor, generator: torch.Generator) -> Tensor:
-    """Greedy where the temperature is 0, else a draw from softmax(logits / T); returns [B]."""
+    """Greedy where the temperature is 0, else a draw from softmax(logits / T); returns [B]. `generator` is a CPU's."""
     tokens_B = logits_BV.argmax(-1)
     hot = temperatures_B > 0
     if hot.any():
         # Inverse of the distribution function: torch.multinomial takes longer than the target's forward here.
         cumulative_BV = torch.softmax(logits_BV[hot] / temperatures_B[hot, None], dim=-1).cumsum(-1)
-        draws_B1 = torch.rand(len(cumulative_BV), 1, generator=generator) * cumulative_BV[:, -1:]
+        draws_B1 = (
+            torch.rand(len(cumulative_BV), 1, generator=generator).to(cumulative_BV.device) * cumulative_BV[:, -1:]
+        )
         tokens_B[hot] = torch.searchsorted(cumulative_BV, draws_B1, right=True)[:, 0].clamp_max(logits_BV.shape[1] - 1)
     return tokens_B

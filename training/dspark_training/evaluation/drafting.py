@@ -169,7 +169,9 @@ class _ChainSession:
         self._proposer, self._model = proposer, proposer.model
         self._lengths_B = torch.zeros(batch, dtype=torch.long, device=proposer.ids_U.device)
         self._keys, self._values = Slab(), Slab()
-        self._start_BD = torch.empty(batch, 0)  # h of the last committed row: where the next chain starts
+        self._start_BD = proposer.head_UD.new_empty(
+            batch, 0
+        )  # h of the last committed row: where the next chain starts
 
     def commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
         features_BTM = features_BTM.to(self._model.norm.weight.dtype)

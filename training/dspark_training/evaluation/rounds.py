@@ -129,17 +129,17 @@ class _Batch:
                 return added
         return None
 
-    def _leave(self, finished: Sequence[bool]) -> list[int]:
+    def _leave(self, finished: Sequence[bool]) -> Tensor:
         """Drop finished rows; returns the rows that stay."""
         staying = [row for row, done in enumerate(finished) if not done]
+        rows = torch.tensor(staying, dtype=torch.long, device=self._cache.lengths_B.device)
         if len(staying) < len(finished):
-            rows = torch.tensor(staying, dtype=torch.long, device=self._cache.lengths_B.device)
             self._live = [self._live[row] for row in staying]
             self._draws.keep(staying)
             if staying:
                 self._cache.keep(rows)
                 self._session.keep(rows)
-        return staying
+        return rows
 
     def _commit(self, features_BTM: Tensor, following_BT: Tensor, counts_B: Tensor) -> None:
         self._session.commit(features_BTM, following_BT, counts_B)

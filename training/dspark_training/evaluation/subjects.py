@@ -82,8 +82,9 @@ def load_drafter(path: Path, target: Target, target_path: Path) -> Loaded:
         DataError: the survival map in its directory cannot be used.
     """
     network, spec = load_bundle(path, target=target)
+    network.to(target.device)
     spec = check_fit(spec, target.config.to_dict(), target_path)
-    ids_U = torch.tensor(spec.draft_token_ids or range(spec.vocab_size))
+    ids_U = torch.tensor(spec.draft_token_ids or range(spec.vocab_size), device=target.device)
     judge = survival_map_beside(path, spec.gamma, has_head=spec.has_confidence)
     return Loaded(path, proposer_of(network, target, spec.target_layer_ids, ids_U, judge), spec)
 
@@ -159,7 +160,7 @@ class WalkSubject:
     def __init__(self, name: str, target: Target, loaded: Loaded, answers: Callable[[Ask], Record]) -> None:
         self.name, self.family, self.gamma = name, loaded.spec.family, loaded.proposer.gamma
         self._target, self._path, self._answers = target, loaded.path, answers
-        vocab = DraftVocab(loaded.proposer.ids_U.tolist(), loaded.spec.vocab_size)
+        vocab = DraftVocab(loaded.proposer.ids_U.tolist(), loaded.spec.vocab_size, target.device)
         nothing = OptimConfig(steps=1)  # nobody trains: only agreement is looked at
         self._objective = build_objective(loaded.spec.family, loaded.proposer.model, target, vocab, nothing)
         self._source = OnlineFeatures(target, loaded.proposer.layer_ids)

@@ -42,7 +42,7 @@ class Validation:
         for domain in sorted({s.domain for s in chosen}):
             part = [s for s in chosen if s.domain == domain]
             for start in range(0, len(part), _GROUP):
-                sequences = pad(part[start : start + _GROUP])
+                sequences = pad(part[start : start + _GROUP]).to(vocab.ids_V.device)
                 supervision = supervise(source, sequences, vocab)
                 self._items.append((domain, sequences, supervision))
 
@@ -63,8 +63,8 @@ class Validation:
             rows = full_NK[:, 0]
             lengths[domain] += (1 + survives_NK.sum(-1))[rows].tolist()
             before_NK = torch.cat([torch.ones_like(survives_NK[:, :1]), survives_NK[:, :-1]], -1) * full_NK
-            reached += before_NK.sum(0)
-            kept += (survives_NK * full_NK).sum(0)
+            reached += before_NK.sum(0).cpu()
+            kept += (survives_NK * full_NK).sum(0).cpu()
         everything = [n for values in lengths.values() for n in values]
         return {
             "validation_loss": loss_sum / len(self._items),

@@ -30,11 +30,11 @@ class Walk(NamedTuple):
 @torch.no_grad()
 def walk_drafter(objective: Objective, source: FeatureSource, samples: Sequence[Sample]) -> list[Walk]:
     """Walk every greedy answer with the drafter, in the order of `samples` and their spans."""
-    block_size = objective.drafter.dims.block_size
+    block_size, device = objective.drafter.dims.block_size, objective.drafter.norm.weight.device
     walks = []
     for first in range(0, len(samples), _GROUP):
         group = samples[first : first + _GROUP]
-        sequences = pad(group)
+        sequences = pad(group).to(device)
         anchors = [[p for start, end in s.spans for p in range(start, end - 1)] for s in group]
         blocks = cut_blocks(sequences, stack_anchors(anchors), block_size)
         supervision = supervise(source, sequences, objective.vocab)

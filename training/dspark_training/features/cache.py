@@ -234,13 +234,9 @@ def _digest(sequences: Sequences, b: int) -> bytes:
 
 def _rows(sequences: Sequences, rows: list[int]) -> Sequences:
     """Some rows, without the padding that only the others needed."""
-    length = int(sequences.mask_BT[rows].sum(1).max())
-    return sequences._replace(
-        keys=tuple(sequences.keys[b] for b in rows),
-        ids_BT=sequences.ids_BT[rows, :length],
-        mask_BT=sequences.mask_BT[rows, :length],
-        supervised_BT=sequences.supervised_BT[rows, :length],
-    )
+    rows_R = torch.tensor(rows, device=sequences.ids_BT.device)
+    length = int(sequences.mask_BT[rows_R].sum(1).max())
+    return Sequences(tuple(sequences.keys[b] for b in rows), *(part[rows_R, :length] for part in sequences[1:]))
 
 
 def _claim(directory: Path, codec: CodecName, identity: CacheIdentity) -> int:

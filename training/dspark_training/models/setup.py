@@ -107,6 +107,8 @@ def _rope_theta(target: Target) -> float:
 def new_drafter(target: Target, shape: DrafterShape, algorithm: Family, seed: int) -> Drafter:
     """Random weights (std 0.02, residual outputs scaled down), layers optionally started from the target's own.
 
+    They are drawn on the CPU, the same whatever the device, and lie where the target is.
+
     Raises:
         OptionError, CheckpointError: see `dims_for`.
     """
@@ -127,7 +129,7 @@ def new_drafter(target: Target, shape: DrafterShape, algorithm: Family, seed: in
         _start_from(layer, target.decoder.layers[source])
     if shape.init_layers:
         _start_from(drafter.norm, target.decoder.norm)
-    return drafter
+    return drafter.to(target.device)
 
 
 @torch.no_grad()
@@ -152,7 +154,7 @@ def feature_scale(target: Target, samples: Sequence[Sample], layer_ids: tuple[in
     A few dimensions of a trained model are orders of magnitude above the rest and would drown them in `fc`.
     The scale is folded into `fc` when the drafter is exported.
     """
-    sequences = pad(samples)
+    sequences = pad(samples).to(target.device)
     features = target.features(sequences.ids_BT, sequences.mask_BT, layer_ids).context_BTM.float()
     rows_NM = features[sequences.mask_BT.bool()]
     return rows_NM.square().mean(0).clamp_min(1e-6).rsqrt()

@@ -60,7 +60,7 @@ def warm_start(
         )
     for name in fitting:
         rows = _token_rows(spec) if weights[name].shape != found[name].shape else slice(None)
-        weights[name][rows] = found[name].to(weights[name].dtype)  # state_dict shares memory with the parameters
+        weights[name][rows] = found[name].to(weights[name])  # state_dict shares memory with the parameters
     taken = tuple(fitting)
     left = tuple(name for name in weights if name not in taken)
     log.info("%d weights start from %s, %d do not: %s", len(taken), path, len(left), ", ".join(left) or "none")
@@ -88,7 +88,7 @@ def _weights(spec: DrafterSpec, scale_M: Tensor) -> dict[str, Tensor]:
     weights = weights_of(spec)
     fc_DM = weights["fc.weight"].float()
     if fc_DM.shape[1] == len(scale_M):
-        weights["fc.weight"] = fc_DM / scale_M
+        weights["fc.weight"] = fc_DM / scale_M.cpu()
     return weights
 
 

@@ -25,8 +25,9 @@ class Supervision(NamedTuple):
     def positions_of(self, blocks: Blocks) -> Tensor:
         """Positions [B, A, K] of the rows of blocks in the flattened [B * T]; arbitrary where they are not valid."""
         batch, length = self.top_BT.shape
-        positions_BAK = blocks.anchors_BA[..., None] + torch.arange(blocks.labels_BAK.shape[-1])
-        return torch.arange(batch)[:, None, None] * length + positions_BAK.clamp_max(length - 1)
+        device = blocks.anchors_BA.device
+        positions_BAK = blocks.anchors_BA[..., None] + torch.arange(blocks.labels_BAK.shape[-1], device=device)
+        return torch.arange(batch, device=device)[:, None, None] * length + positions_BAK.clamp_max(length - 1)
 
     def target_rows(self, position_N: Tensor, head_VD: Tensor, soft_cap: float | None) -> TargetRows:
         """The target's probabilities, in factors, for rows at flattened positions [N]."""
@@ -37,7 +38,7 @@ class Supervision(NamedTuple):
 
 @torch.no_grad()
 def supervise(source: FeatureSource, sequences: Sequences, vocab: DraftVocab) -> Supervision:
-    """Get what the target says about the sequences."""
+    """Get what the target says about the sequences, which are where it is."""
     features = source(sequences)
     normaliser_BT = features.normaliser_BT.masked_fill(~sequences.predicting_BT, torch.inf)
     top_BT = vocab.columns_T[features.top_BT]
