@@ -67,7 +67,7 @@ class Repertoire:
         self.parts = self.parts._replace(threshold=self._threshold if threshold is None else threshold)
         self._made.pop("threshold", None)
 
-    def learn(self, policy: PolicyName | str, outcome: Outcome) -> None:
+    def learn(self, policy: str, outcome: Outcome) -> None:
         """What the rounds of every policy tell of the confidences; policy adaptive has learned that itself."""
         self._newest = outcome
         if policy != "adaptive" and outcome.plan.drafts and outcome.confidence_RG is not None:

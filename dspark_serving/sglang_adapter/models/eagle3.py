@@ -42,6 +42,9 @@ _STACKED: tuple[tuple[str, str, str | int], ...] = (
 )
 
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class HeadRows(nn.Module):
     """Some rows of a head, in the form that SGLang's logits processor takes."""
 
@@ -87,10 +90,12 @@ class DsparkServingEagle3Drafter(nn.Module):
     def cut_head(self, token_ids_U: Tensor) -> bool:
         """From now on multiply with the rows of these ids only, of a head that has a row for every token.
 
-        False, and nothing changes, where the head is not whole on this rank or its weight is not a plain matrix.
+        False, and nothing changes, where the head is not whole on this rank or its weight is not a plain matrix
+        (quantised, or packed for Intel's AMX).
         """
         weight = getattr(self.lm_head, "weight", None)
-        if weight is None or not weight.is_floating_point() or len(weight) < self.config.vocab_size:
+        packed = getattr(self.lm_head, "use_intel_amx_backend", False)
+        if weight is None or packed or weight.dtype not in _PLAIN or len(weight) < self.config.vocab_size:
             return False
         self.lm_head = HeadRows(weight.data[token_ids_U])
         self.logits_processor.vocab_size = len(token_ids_U)
