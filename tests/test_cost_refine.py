@@ -87,6 +87,31 @@ def test_points_never_visited_follow_the_machine(drafted: bool) -> None:
     assert model.draft(1) == pytest.approx(world.draft(1), rel=0.15)
 
 
+def test_a_total_that_is_faster_than_its_profile_is_learned_at_once_and_one_slow_round_is_not() -> None:
+    tiers = (6, 12, 24, 48, 96)
+    world = World(tiers, noise=0.02)
+    for speed, found in ((1 / 1.3, 0.08), (1.3, 0.15)):
+        model, rng = profiled(world, 0)
+        true = world.verify(8, 48, 3000)
+        moved = world.round(rng, 8, 48, 3000)
+        rest = moved.seconds - moved.draft_seconds
+        before = float(model.verify(8, np.array([48]), 3000)[0])
+        serve(model, iter([moved._replace(seconds=moved.draft_seconds + rest * speed)]))
+        after = float(model.verify(8, np.array([48]), 3000)[0])
+        assert (abs(after / (true * speed) - 1) < found) == (speed < 1)
+        assert abs(float(model.verify(8, np.array([24]), 3000)[0]) / world.verify(8, 24, 3000) - 1) < 0.06
+        assert (after - before) * (speed - 1) > 0
+
+
+def test_the_doubt_about_a_total_goes_with_its_rounds() -> None:
+    model, rng = profiled(World((6, 12, 24, 48, 96)), 0)
+    totals = np.array([12, 24, 48])
+    np.testing.assert_array_equal(model.doubt(8, totals), [0.25, 0.25, 0.25])
+    serve(model, (World().round(rng, 8, 24, 3000) for _ in range(4)))
+    np.testing.assert_allclose(model.doubt(8, totals), [0.25, 0.05, 0.25])
+    np.testing.assert_array_equal(CostModel.unknown().doubt(8, totals), [0, 0, 0])
+
+
 def test_a_local_change_leaves_distant_points_nearly_alone() -> None:
     """Only batches of one get slower: the others, visited as often, keep their predictions."""
     world, slow = World(noise=0.02), World(noise=0.02, speed=1.4)

@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 
+from dspark_serving.scheduler import adaptive
 from dspark_serving.scheduler.adaptive import AdaptivePolicy
 from dspark_serving.scheduler.baselines import Algorithm1Policy, FullPolicy, OffPolicy, ThresholdPolicy
-from dspark_serving.scheduler.cost import CostModel
+from dspark_serving.scheduler.cost import CostModel, CostSample
 from dspark_serving.scheduler.round import Batch, Outcome, Plan, Policy
 from tests.scheduler_worlds import LinearCosts, live
 
@@ -116,6 +117,29 @@ def test_tiers_are_filled_to_their_end() -> None:
     assert plan.price == 0.0
     assert plan.capacity + 16 in (16, 24, 32, 48, 80)
     assert plan.capacity < 16 * GAMMA
+
+
+@pytest.mark.parametrize("trials", [True, False])
+def test_a_tier_that_the_profile_has_too_dear_is_found_by_trying_it(
+    trials: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the best tier was measured at the start, another tenant ran; without trials nothing ever corrects that."""
+    tiers = (16, 24, 32, 48, 80)
+    world = LinearCosts(per_token=0.0013, tiers=tiers)
+    samples = []
+    for requests in (1, 4, 16):
+        context = 100 * requests
+        for tokens in [tier for tier in tiers if requests <= tier <= requests * (GAMMA + 1)]:
+            disturbed = 1.3 if tokens == 48 else 1.0
+            rest = disturbed * float(world.verify(requests, np.array([tokens]), context)[0])
+            samples += [CostSample(requests, tokens, context, 0.008, 0.008 + rest, True)] * 2
+        samples += [CostSample(requests, requests, context, 0.0, world.plain(requests, context), False)] * 2
+    if not trials:
+        monkeypatch.setattr(adaptive, "_TRIAL", 1 << 30)
+    policy = AdaptivePolicy(GAMMA, 16, CostModel.fit(samples, tiers))
+    live(policy, world, lambda i: 0.62, requests=16, rounds=120)
+    totals = [plan.capacity + 16 for plan in (policy.plan(this_batch(16)) for _ in range(9)) if plan.reason == "tier"]
+    assert (max(totals, key=totals.count) == 48) == trials
 
 
 def test_a_heavier_request_is_verified_further() -> None:

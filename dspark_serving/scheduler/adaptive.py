@@ -32,6 +32,9 @@ one of each, more of them by that of every second, third, ... in turn."""
 _FEW = 8
 """Requests of a batch that is too small to be judged by the drafts which pay."""
 
+_TRIAL = 16
+"""Rounds after which a tier may be tried whose time is in doubt: what is never visited stays as it was predicted."""
+
 _SURPRISE = 0.15
 """Logarithm of measured over predicted seconds beyond which a plain round is soon followed by another one."""
 
@@ -83,6 +86,7 @@ class AdaptivePolicy:
         self._draft_time = TimeBias(prior=2.0)
         self._plain_time = TimeBias(prior=0.5)  # rarely looked at while drafts pay: each look has to count
         self._totals: dict[int, Totals] = {}
+        self._until_trial = _TRIAL
         self._warned: set[str] = set()
 
     def realism(self, *, sampled: bool) -> float:
@@ -104,7 +108,8 @@ class AdaptivePolicy:
         newcomers = self._history.newcomers(batch) if self._gate.resting else 0
         if self._gate.rests(requests, context, newcomers):
             return self._plain(requests, context, sampled, "off")
-        outlook = weigh(self._prospect(batch, context, sampled))
+        prospect = self._prospect(batch, context, sampled)
+        outlook = weigh(prospect)
         if outlook.reason == "floor-unmet":
             self.incidents.unmet_floors += 1
             self._warn_once("floor-unmet", "a request's floor of tokens a second cannot be met at the present load")
@@ -118,7 +123,22 @@ class AdaptivePolicy:
         if verdict in ("warm-up", "probe"):  # what is learned from a draft is worth a little more than its tokens,
             discount = 0.5 * min(_FEW / requests, 1.0)  # unless the batch teaches enough by those that pay anyway
             return plan._replace(price=(1.0 - discount) * plan.price, reason=verdict)
-        return plan
+        free = outlook.reason == "tier" and prospect.floor_R is None  # a trial could break a floor
+        return self._trial(prospect, plan) if free else plan
+
+    def _trial(self, prospect: Prospect, plan: Plan) -> Plan:
+        """The plan; now and then what would be best if each tier were as fast as it may be."""
+        self._until_trial -= 1
+        if self._until_trial > 0:
+            return plan
+        self._until_trial = _TRIAL
+        total_N, drafts_N, _ = prospect.totals
+        doubt_N = self._cost.doubt(prospect.requests, total_N)
+        hoped = weigh(prospect._replace(seconds_N=prospect.seconds_N * (1.0 - doubt_N)))
+        if hoped.capacity == plan.capacity:
+            return plan
+        seconds = float(prospect.seconds_N[drafts_N.searchsorted(hoped.capacity)])
+        return Plan(True, hoped.price, hoped.capacity, "trial", hoped.tokens, seconds)
 
     def _plain(self, requests: int, context: int, sampled: int, reason: str) -> Plan:
         seconds = self._plain_time.value(regime(requests, sampled)) * self._cost.plain(requests, context, sampled)

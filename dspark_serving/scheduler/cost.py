@@ -116,6 +116,12 @@ class CostModel:
             return math.inf
         return self._rest.sureness(np.array([math.log2(requests), math.log2(round_up(tokens, self.tiers)), 0.0]))
 
+    def doubt(self, requests: int, tokens_N: np.ndarray) -> np.ndarray:
+        """Share of the predicted `verify` time by which rounds of these totals may be faster: less with each one."""
+        if self._curves is None:
+            return np.zeros(len(tokens_N))
+        return self._rest.doubt(np.array([self._node(requests, int(tokens), True) for tokens in tokens_N]))
+
     def observe(
         self,
         requests: int,

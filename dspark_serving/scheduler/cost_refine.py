@@ -14,8 +14,8 @@ predict what they did, and what they have in common reaches the nodes that are n
 FORGET = 1 / 50
 """How fast a node stops counting as visited, per round: then it follows the shared correction again."""
 FADE = 1 / 200
-"""How fast a correction of a node that is not visited goes, per round: else a cost learned in a bad hour could keep its
-totals from ever being visited again."""
+"""How fast an upward correction of a node that is not visited goes, per round: else a cost learned in a bad hour could
+keep its totals from ever being visited again. One that is too low gets visited, and learns."""
 SCALE_GAIN = 0.04
 TREND_GAIN = 1 / 32
 CLIP = 1.2
@@ -27,6 +27,9 @@ REACH = 0.7
 """Distance (octaves) over which a residual is shared with neighbouring nodes; the kernel is Gaussian."""
 DOUBT_PER_OCTAVE = 0.1
 """Relative error expected one octave away from the nearest measured node."""
+UNTRIED = 0.25
+"""By how much less than predicted a round may take at a node that was never visited: a tenant during the start-up
+profile does not show in its spread."""
 
 
 class Refiner:
@@ -39,6 +42,7 @@ class Refiner:
         self.local_N = np.zeros(len(coordinates_ND))
         self.spread_N = np.full(len(coordinates_ND), np.inf)  # of the residuals at each node; inf: never measured
         self._visited_N = np.zeros(len(coordinates_ND))  # 1 just now, 0 long ago
+        self._visits_N = np.zeros(len(coordinates_ND))
         self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
         self._trend = 0.0
         distance2_NN = ((coordinates_ND[:, None] - coordinates_ND[None]) ** 2).sum(axis=2)
@@ -60,14 +64,21 @@ class Refiner:
         self.shared += SHARED_GAIN * step
         kernel_N = self._kernel_NN[node]
         self.local_N += LOCAL_GAIN * step * kernel_N
+        if residual < step:  # faster than can be told by noise, which only ever slows: the first visits tell it all
+            self.local_N[node] += (max(residual, -UNTRIED) - step) / (1.0 + self._visits_N[node])
+        self._visits_N[node] += 1.0
         self._visited_N *= 1 - FORGET
         np.maximum(self._visited_N, kernel_N, out=self._visited_N)
         moved = MOVE_GAIN * float(self.local_N[node])
         self.shared += moved
         self.local_N -= moved * self._visited_N
-        self.local_N *= 1 - FADE * (1 - self._visited_N)
+        self.local_N *= np.where(self.local_N > 0, 1 - FADE * (1 - self._visited_N), 1.0)
         spread = float(self.spread_N[node])
         self.spread_N[node] = self._scale if spread == math.inf else spread + 0.1 * (1.25 * abs(step) - spread)
+
+    def doubt(self, nodes_N: np.ndarray) -> np.ndarray:
+        """Share of its predicted time by which a round at each of these nodes may be faster."""
+        return UNTRIED / (1.0 + self._visits_N[nodes_N])
 
     def sureness(self, point_D: np.ndarray) -> float:
         """Relative standard deviation at a point: that of the best measured node, and doubt by distance."""
