@@ -115,7 +115,8 @@ class Calibration:
 
 def logit(probability: np.ndarray) -> np.ndarray:
     """log(p / (1 - p)) in float32, finite for 0 and 1, contiguous."""
-    odds = np.maximum(probability, _EDGE, dtype=np.float32, order="C")
+    odds = np.array(probability, dtype=np.float32, order="C")
+    np.maximum(odds, _EDGE, out=odds)
     np.minimum(odds, _ONE - _EDGE, out=odds)
     odds /= _ONE - odds
     return np.log(odds, out=odds)

@@ -164,7 +164,7 @@ class CostModel:
         drafting = [(octave, math.log2(node), 0.0) for octave in octaves_M for node in nodes]
         plain = [(octave, octave, PLAIN_DISTANCE) for octave in octaves_M]
         scale = 1.4826 * float(np.median(np.abs(curves.relative_residuals_N)))
-        self._rest = Refiner(np.array(drafting + plain, dtype=np.float64), scale)
+        self._rest = Refiner(np.array(drafting + plain, dtype=np.float64), scale, stepped=self.tiers is not None)
         self._drafting = Refiner(np.array(octaves_M, dtype=np.float64)[:, None], 2 * scale)
         self._local_MB = self._rest.local_N[: len(drafting)].reshape(REQUEST_OCTAVES, len(nodes))  # views, which
         self._plain_M = self._rest.local_N[len(drafting) :]  # follow the refiner

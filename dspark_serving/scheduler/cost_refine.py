@@ -35,8 +35,14 @@ profile does not show in its spread."""
 class Refiner:
     """Log corrections at N nodes: one that all nodes share (the machine's speed) plus a local deviation each."""
 
-    def __init__(self, coordinates_ND: np.ndarray, scale: float) -> None:
-        """Nodes at `coordinates_ND` (octaves); `scale`: relative standard deviation to expect of a measured time."""
+    def __init__(self, coordinates_ND: np.ndarray, scale: float, *, stepped: bool = False) -> None:
+        """Nodes without experience.
+
+        Args:
+            coordinates_ND: octaves.
+            scale: relative standard deviation to expect of a measured time.
+            stepped: each node costs what it costs; else they are points of smooth curves, whose slopes matter.
+        """
         self.coordinates_ND = coordinates_ND
         self.shared = 0.0
         self.local_N = np.zeros(len(coordinates_ND))
@@ -45,6 +51,7 @@ class Refiner:
         self._visits_N = np.zeros(len(coordinates_ND))
         self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
         self._trend = 0.0
+        self._stepped = stepped
         distance2_NN = ((coordinates_ND[:, None] - coordinates_ND[None]) ** 2).sum(axis=2)
         self._kernel_NN = np.exp(-0.5 * distance2_NN / REACH**2)
 
@@ -64,7 +71,7 @@ class Refiner:
         self.shared += SHARED_GAIN * step
         kernel_N = self._kernel_NN[node]
         self.local_N += LOCAL_GAIN * step * kernel_N
-        if residual < step:  # faster than can be told by noise, which only ever slows: the first visits tell it all
+        if self._stepped and residual < step:  # nothing makes a round too fast by accident: the first ones tell it all
             self.local_N[node] += (max(residual, -UNTRIED) - step) / (1.0 + self._visits_N[node])
         self._visits_N[node] += 1.0
         self._visited_N *= 1 - FORGET

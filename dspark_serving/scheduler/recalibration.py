@@ -16,6 +16,7 @@ from dspark_serving.scheduler.calibration import Calibration, logit, sigmoid
 
 BANDS = ("greedy", "warm", "hot")
 """Temperature 0; up to 0.7; above: acceptance by argmax and by rejection sampling are different labels."""
+_ALL_GREEDY = np.zeros(1, dtype=np.int64)
 _BAND_ENDS = np.array([0.0, 0.7], dtype=np.float32)
 MEMORY, SHORT_MEMORY = 2000.0, 100.0  # labels of a cell, ordinarily and after a drift
 SHIFT_PRECISION, SLOPE_PRECISION = 4.0, 16.0  # of the prior: standard deviations of 0.5 and 0.25
@@ -64,9 +65,12 @@ class OnlineCalibration:
 
         They lie in memory position by position, as admission takes them.
         """
-        band_R = bands(temperature_R)
-        if len(band_R) and band_R[0] == band_R[-1] and (band_R == band_R[0]).all():
-            band_R = band_R[:1]
+        if np.count_nonzero(temperature_R) == 0:
+            band_R = _ALL_GREEDY
+        else:
+            band_R = bands(temperature_R)
+            if band_R[0] == band_R[-1] and (band_R == band_R[0]).all():
+                band_R = band_R[:1]
         return self._correct(logit(confidence_RG.T), band_R).T
 
     def observe(

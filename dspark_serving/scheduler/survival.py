@@ -44,7 +44,8 @@ def sanitise(confidence_RG: np.ndarray) -> tuple[np.ndarray, int]:
     if confidence_RG.size == 0:
         return confidence_RG, 0
     # As integers the floats from 0 to 1 are in order, and those that are negative, larger or NaN lie above.
-    if np.maximum.reduce(confidence_RG.view(np.uint32), axis=None) <= _ONE:
+    in_memory = confidence_RG.T if confidence_RG.flags.f_contiguous else confidence_RG  # a fifth of the time
+    if np.maximum.reduce(in_memory.view(np.uint32), axis=None) <= _ONE:
         return confidence_RG, 0
     good_RG = (confidence_RG >= 0.0) & (confidence_RG <= 1.0)
     return np.where(good_RG, confidence_RG, np.float32(1.0)), int(good_RG.size - np.count_nonzero(good_RG))
