@@ -32,7 +32,7 @@ one of each, more of them by that of every second, third, ... in turn."""
 _FEW = 8
 """Requests of a batch that is too small to be judged by the drafts which pay."""
 
-_TRIAL = 16
+_TRIAL = 32
 """Rounds after which a tier may be tried whose time is in doubt: what is never visited stays as it was predicted."""
 
 _SURPRISE = 0.15

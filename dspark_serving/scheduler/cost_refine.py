@@ -52,6 +52,7 @@ class Refiner:
         self._scale = min(max(scale, MIN_SCALE), MAX_SCALE)
         self._trend = 0.0
         self._stepped = stepped
+        self._before = 0.0  # the residual of the round before
         distance2_NN = ((coordinates_ND[:, None] - coordinates_ND[None]) ** 2).sum(axis=2)
         self._kernel_NN = np.exp(-0.5 * distance2_NN / REACH**2)
 
@@ -71,8 +72,9 @@ class Refiner:
         self.shared += SHARED_GAIN * step
         kernel_N = self._kernel_NN[node]
         self.local_N += LOCAL_GAIN * step * kernel_N
-        if self._stepped and residual < step:  # nothing makes a round too fast by accident: the first ones tell it all
-            self.local_N[node] += (max(residual, -UNTRIED) - step) / (1.0 + self._visits_N[node])
+        if self._stepped:
+            self._believe(node, residual - min(self._before, 0.0), step)
+            self._before = residual
         self._visits_N[node] += 1.0
         self._visited_N *= 1 - FORGET
         np.maximum(self._visited_N, kernel_N, out=self._visited_N)
@@ -82,6 +84,11 @@ class Refiner:
         self.local_N *= np.where(self.local_N > 0, 1 - FADE * (1 - self._visited_N), 1.0)
         spread = float(self.spread_N[node])
         self.spread_N[node] = self._scale if spread == math.inf else spread + 0.1 * (1.25 * abs(step) - spread)
+
+    def _believe(self, node: int, residual: float, learned: float) -> None:
+        """Rounds at a new node that are faster than the one before let expect tell it all: no accident makes them so."""
+        extra = max(residual, -UNTRIED) - learned
+        self.local_N[node] += min(extra, 0.0) / (1.0 + self._visits_N[node])
 
     def doubt(self, nodes_N: np.ndarray) -> np.ndarray:
         """Share of its predicted time by which a round at each of these nodes may be faster."""
