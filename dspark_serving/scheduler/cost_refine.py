@@ -86,7 +86,7 @@ class Refiner:
         self.spread_N[node] = self._scale if spread == math.inf else spread + 0.1 * (1.25 * abs(step) - spread)
 
     def _believe(self, node: int, residual: float, learned: float) -> None:
-        """Rounds at a new node that are faster than the one before let expect tell it all: no accident makes them so."""
+        """Rounds at a new node, faster than the one before let expect, tell it all: no accident makes them so."""
         extra = max(residual, -UNTRIED) - learned
         self.local_N[node] += min(extra, 0.0) / (1.0 + self._visits_N[node])
 
