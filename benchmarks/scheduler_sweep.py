@@ -51,6 +51,7 @@ def main(
     ] = 2,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer, in the mean.")] = 32,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further turn begins.")] = None,
+    pace: Annotated[bool, typer.Option("--pace", help="Also compare at equal pace of an unsteady machine.")] = False,
     bundle: Annotated[Path | None, typer.Option(help="A drafter; by default the shipped one.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say how long it would take.")] = False,
     output: Annotated[Path, typer.Option(help="JSON file; a table and a plot are written beside it.")] = _RESULT,
@@ -74,6 +75,7 @@ def main(
             rivals=tuple(name for name in RIVALS if name in compared),
             together=True,
             time_limit=time_limit,
+            pace=pace,
         )
         announce(settings)
         if not plan:

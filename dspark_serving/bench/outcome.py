@@ -11,6 +11,8 @@ from dspark_serving.bench.runs import Run
 from dspark_serving.bench.summary import by_point, rows_of
 from dspark_serving.bench.verdict import compare, verdict
 
+_EQUAL_PACE = "**At equal pace of the machine** (times divided by the CPU time of fixed work beside each run):"
+
 
 def write_outcome(settings: Settings, runs: Sequence[Run], file: ResultFile, notes: str = "") -> str | None:
     """Write what the runs say, beside each other: .json, .md and .png.
@@ -25,11 +27,15 @@ def write_outcome(settings: Settings, runs: Sequence[Run], file: ResultFile, not
         The verdict; None without a candidate.
     """
     said = None
-    comparisons = []
+    comparisons, equal_pace = [], []
     if settings.candidate is not None:
-        comparisons = compare(settings.candidate, settings.rivals, by_point(settings, runs))
+        points = by_point(settings, runs)
+        comparisons = compare(settings.candidate, settings.rivals, points)
         said = verdict(comparisons)
-    rows = rows_of(settings, runs, comparisons)
+        if settings.pace:
+            equal_pace = compare(settings.candidate, settings.rivals, points, equal_pace=True)
+            said += f"\n\n{_EQUAL_PACE}\n\n{verdict(equal_pace)}"
+    rows = rows_of(settings, runs, comparisons, equal_pace)
     described = " ".join(part for part in (describe(settings), notes, missing(settings, runs)) if part)
     file.write(rows, "\n".join(part for part in (described, said) if part))
     file.path.with_suffix(".md").write_text(markdown(file.name, rows, said, described))

@@ -55,6 +55,7 @@ class Settings:
     together: bool = False  # launched servers are all up at once, so that all arms take turns
     client_options: tuple[str, ...] = ()
     time_limit: float | None = None  # seconds
+    pace: bool = False  # a fixed piece of work beside each run tells how fast the machine was
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

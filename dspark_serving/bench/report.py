@@ -20,6 +20,10 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "times best other (95 %)": lambda row: _ratio(row, "ratio_to_best_other", "best_other_low", "best_other_high"),
     "accepted length": lambda row: _or_dash(row["accepted_length"], "{:.2f}"),
     "verified a round": lambda row: _or_dash(row["verified_tokens_per_round"], "{:.2f}"),
+    "pace, ms": lambda row: _or_dash(row["pace_seconds"], "{:.2f}", 1000),
+    "times best other at equal pace (95 %)": lambda row: _ratio(
+        row, *(f"{name}_at_equal_pace" for name in ("ratio_to_best_other", "best_other_low", "best_other_high"))
+    ),
     "first token, s": lambda row: f"{row['ttft_p50']:.2f}",
     "time a token, ms": lambda row: f"{1000 * row['tpot_p50']:.0f}",
     "95 % of gaps under, ms": lambda row: _or_dash(row["itl_p95"], "{:.0f}", 1000),

@@ -23,6 +23,7 @@ class Run:
     seconds: float  # from the first request to the last answer
     samples: tuple[Sample, ...]
     counters: Counters | None  # of this run; None without speculation
+    pace_seconds: float | None = None  # CPU time of a fixed piece of work, mean over this run; None: not measured
 
     @property
     def output_tokens(self) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dspark_serving.bench.runs import Run
+from dspark_serving.errors import DataError
 
 _RESAMPLES = 2000
 
@@ -38,14 +39,15 @@ class Requests(NamedTuple):
         return Requests(*(table[pairs] for table in self))
 
 
-def requests_of(runs: Sequence[Run]) -> Requests:
-    """Tables of runs of one arm at one point, in the order given.
+def requests_of(runs: Sequence[Run], *, equal_pace: bool = False) -> Requests:
+    """Tables of runs of one arm at one point, in the order given; with `equal_pace`, a run's times are by its pace.
 
     The time in which several requests are under way belongs to all of them: each gets a part in proportion to its
     latency.
     """
-    seconds_RP = np.array([[sample.latency for sample in run.samples] for run in runs])
-    run_seconds_R = np.array([run.seconds for run in runs])
+    pace_R = np.array([_pace(run) if equal_pace else 1.0 for run in runs])
+    seconds_RP = np.array([[sample.latency for sample in run.samples] for run in runs]) / pace_R[:, None]
+    run_seconds_R = np.array([run.seconds for run in runs]) / pace_R
     return Requests(
         tokens_RP=np.array([[float(sample.output_tokens) for sample in run.samples] for run in runs]),
         seconds_RP=seconds_RP,
@@ -63,19 +65,19 @@ def user_speed(requests: Requests) -> np.ndarray:
     return np.asarray(np.median(requests.tokens_RP / requests.seconds_RP, axis=(-2, -1)))
 
 
-def speed(runs: Sequence[Run]) -> float:
+def speed(runs: Sequence[Run], *, equal_pace: bool = False) -> float:
     """What arms are judged by, of the runs of one point together: see `speed_ratio`."""
-    return float(_statistic(runs)(requests_of(runs)))
+    return float(_statistic(runs)(requests_of(runs, equal_pace=equal_pace)))
 
 
-def speed_ratio(runs: Sequence[Run], others: Sequence[Run]) -> Ratio:
+def speed_ratio(runs: Sequence[Run], others: Sequence[Run], *, equal_pace: bool = False) -> Ratio:
     """The speed of `runs` by that of `others`, which are of the same point and the same repetitions in the same order.
 
     Speed is throughput where the number of requests under way is fixed. Where their rate is, the rate fixes throughput
-    too, and the users' speed tells arms apart.
+    too, and the users' speed tells arms apart. With `equal_pace`, all runs' times are by the pace of the machine.
     """
     statistic = _statistic(runs)
-    ours, theirs = requests_of(runs), requests_of(others)
+    ours, theirs = (requests_of(each, equal_pace=equal_pace) for each in (runs, others))
     repetitions, prompts = ours.tokens_RP.shape
     rng = np.random.default_rng(0)
     drawn_SR = rng.integers(repetitions, size=(_RESAMPLES, repetitions))
@@ -83,6 +85,12 @@ def speed_ratio(runs: Sequence[Run], others: Sequence[Run]) -> Ratio:
     ratios_S = statistic(ours.drawn(drawn_SR, drawn_SP)) / statistic(theirs.drawn(drawn_SR, drawn_SP))
     low, high = np.quantile(ratios_S, [0.025, 0.975])
     return Ratio(float(statistic(ours) / statistic(theirs)), float(low), float(high))
+
+
+def _pace(run: Run) -> float:
+    if run.pace_seconds is None:
+        raise DataError(f"{run.key} has no pace", expected="one for every run", fix="Measure with --pace.")
+    return run.pace_seconds
 
 
 def _statistic(runs: Sequence[Run]) -> Callable[[Requests], np.ndarray]:

@@ -31,10 +31,20 @@ def by_point(settings: Settings, runs: Sequence[Run]) -> ByPoint:
     }
 
 
-def rows_of(settings: Settings, runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Row]:
-    """A row a run, then a summary row for each point and arm, then the phases of a round."""
+def rows_of(
+    settings: Settings, runs: Sequence[Run], comparisons: Sequence[Comparison], equal_pace: Sequence[Comparison] = ()
+) -> list[Row]:
+    """A row a run, then a summary row for each point and arm, then the phases of a round.
+
+    Args:
+        settings: of the sweep.
+        runs: those made so far.
+        comparisons: of the candidate.
+        equal_pace: the same at equal pace of the machine.
+    """
     arms = {arm.name: arm for arm in settings.arms}
     compared = {comparison.point: comparison for comparison in comparisons}
+    at_equal_pace = {comparison.point: comparison for comparison in equal_pace}
     singles: list[Row] = []
     summaries: list[Row] = []
     phases: list[Row] = []
@@ -45,6 +55,8 @@ def rows_of(settings: Settings, runs: Sequence[Run], comparisons: Sequence[Compa
             summary = _row(settings, arms[name], group, baseline, None) | _ratio_to_baseline(group, baseline)
             if name == settings.candidate and point in compared:
                 summary |= compared[point].row()
+                if point in at_equal_pace:
+                    summary |= at_equal_pace[point].row("_at_equal_pace")
             summaries.append(summary)
             phases += _phase_rows(point, name, group)
     return singles + summaries + phases
@@ -67,6 +79,7 @@ def _row(settings: Settings, arm: Arm, runs: Sequence[Run], baseline: Sequence[R
         "requests": len(samples),
         "output_tokens": tokens,
         "seconds": seconds,
+        "pace_seconds": _mean_pace(runs),
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_per_user": float(np.median([s.output_tokens / s.latency for s in samples])),
         "accepted_length": accepted_length(runs),
@@ -77,6 +90,11 @@ def _row(settings: Settings, arm: Arm, runs: Sequence[Run], baseline: Sequence[R
         "goodput": goodput(samples, settings.ttft_seconds, settings.tpot_seconds),
         "equal_to_off": equal_texts(runs, baseline) if point.temperature == 0 else None,
     }
+
+
+def _mean_pace(runs: Sequence[Run]) -> float | None:
+    paces = [run.pace_seconds for run in runs if run.pace_seconds is not None]
+    return sum(paces) / len(paces) if paces else None
 
 
 def accepted_length(runs: Sequence[Run]) -> float | None:

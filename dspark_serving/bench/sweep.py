@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from dspark_serving.bench.arms import Arm, Host, opened
 from dspark_serving.bench.client import Answers
+from dspark_serving.bench.pace import Pace
 from dspark_serving.bench.plan import Point, RunKey, Settings, turns
 from dspark_serving.bench.runs import Run, RunFile
 from dspark_serving.bench.server_api import (
@@ -52,14 +53,18 @@ class Sweep:
         file: keeps the runs; those in it are not made again.
         events: told of every step and run.
         logs: directory for the logs of launched servers.
+        pace: tells how fast the machine was during a run.
     """
 
-    def __init__(self, settings: Settings, client: Client, file: RunFile, events: Events, logs: Path) -> None:
+    def __init__(
+        self, settings: Settings, client: Client, file: RunFile, events: Events, logs: Path, pace: Pace | None = None
+    ) -> None:
         self._settings = settings
         self._client = client
         self._file = file
         self._events = events
         self._logs = logs
+        self._pace = pace
         self._datasets = {dataset.name: dataset for dataset in settings.datasets}
         self._made = {run.key for run in file.runs}
         self._deadline = None if settings.time_limit is None else time.monotonic() + settings.time_limit
@@ -118,8 +123,10 @@ class Sweep:
             set_policy(url, arm.policy)
         before = plugin_counters(server_info(url))
         answers = self._send(key.point, self._settings.shape, url)
+        end = time.monotonic()
+        pace_seconds = None if self._pace is None else self._pace.seconds(end - answers.seconds, end)
         counters = _counters_since(before, url, answers)
-        return Run(key, answers.seconds, answers.samples, counters)
+        return Run(key, answers.seconds, answers.samples, counters, pace_seconds)
 
     def _send(self, point: Point, shape: Shape, url: str) -> Answers:
         settings = self._settings

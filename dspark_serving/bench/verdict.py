@@ -36,35 +36,40 @@ class Comparison(NamedTuple):
         """
         return self.ratios[self.best_other]
 
-    def row(self) -> Row:
-        """Keys of the candidate's summary row."""
-        return {
+    def row(self, ending: str = "") -> Row:
+        """Keys of the candidate's summary row, with an ending."""
+        values = {
             "best_other": self.best_other,
             "ratio_to_best_other": self.ratio.value,
             "best_other_low": self.ratio.low,
             "best_other_high": self.ratio.high,
             "ratio_to_best_by_other_repetitions": None if self.fair is None else self.fair.value,
         }
+        return {name + ending: value for name, value in values.items()}
 
 
 def compare(
-    candidate: str, rivals: Sequence[str], groups: Mapping[Point, Mapping[str, Sequence[Run]]]
+    candidate: str,
+    rivals: Sequence[str],
+    groups: Mapping[Point, Mapping[str, Sequence[Run]]],
+    *,
+    equal_pace: bool = False,
 ) -> list[Comparison]:
-    """The candidate at every point where it and a rival have run the same repetitions."""
+    """The candidate at every point where it and a rival have run the same repetitions; see `speed_ratio`."""
     comparisons = []
     for point, arms in groups.items():
         ratios = {}
         for rival in rivals:
             ours, theirs = paired(arms.get(candidate, []), arms.get(rival, []))
             if ours:
-                ratios[rival] = speed_ratio(ours, theirs)
+                ratios[rival] = speed_ratio(ours, theirs, equal_pace=equal_pace)
         if ratios:
-            fair = _fair(arms[candidate], [arms[rival] for rival in ratios])
+            fair = _fair(arms[candidate], [arms[rival] for rival in ratios], equal_pace)
             comparisons.append(Comparison(point, candidate, ratios, fair))
     return comparisons
 
 
-def _fair(runs: Sequence[Run], rivals: Sequence[Sequence[Run]]) -> Ratio | None:
+def _fair(runs: Sequence[Run], rivals: Sequence[Sequence[Run]], equal_pace: bool) -> Ratio | None:
     """`runs`, each against the rival that is fastest in the other repetitions; None where there are no others."""
     common = set.intersection(*({run.key.repetition for run in each} for each in (runs, *rivals)))
     if len(common) < 2:
@@ -73,9 +78,13 @@ def _fair(runs: Sequence[Run], rivals: Sequence[Sequence[Run]]) -> Ratio | None:
     theirs = []
     for run in ours:
         others = common - {run.key.repetition}
-        fastest = max(rivals, key=lambda rival: speed([r for r in rival if r.key.repetition in others]))
+        fastest = max(rivals, key=lambda rival: _speed_in(rival, others, equal_pace))
         theirs += [rival_run for rival_run in fastest if rival_run.key.repetition == run.key.repetition]
-    return speed_ratio(ours, theirs)
+    return speed_ratio(ours, theirs, equal_pace=equal_pace)
+
+
+def _speed_in(runs: Sequence[Run], repetitions: set[int], equal_pace: bool) -> float:
+    return speed([run for run in runs if run.key.repetition in repetitions], equal_pace=equal_pace)
 
 
 def paired(runs: Sequence[Run], others: Sequence[Run]) -> tuple[list[Run], list[Run]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from dspark_serving.assets.store import cache_root
 from dspark_serving.bench.arms import Attached, Host, Launched, parse_arm
 from dspark_serving.bench.client import LoadClient
 from dspark_serving.bench.outcome import missing, missing_runs, write_outcome
+from dspark_serving.bench.pace import Pace
 from dspark_serving.bench.plan import RunKey, Settings, planned_seconds
 from dspark_serving.bench.results import ResultFile
 from dspark_serving.bench.runs import Run, RunFile
@@ -56,6 +58,7 @@ def bench(
     tpot_ms: Annotated[float | None, typer.Option(min=0, help="Limit of a good request's mean time a token.")] = None,
     together: Annotated[bool, typer.Option(help="All launched servers up at once, taking turns (memory).")] = False,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further turn begins.")] = None,
+    pace: Annotated[bool, typer.Option("--pace", help="Also compare at equal pace of an unsteady machine.")] = False,
     seed: Annotated[int, typer.Option(help="Of the client: prompts it makes, arrival times.")] = 0,
     client_options: Annotated[str, typer.Option(help="Further options of sglang.benchmark.serving.")] = "",
 ) -> None:
@@ -84,6 +87,7 @@ def bench(
             together=together,
             client_options=tuple(shlex.split(client_options)),
             time_limit=time_limit,
+            pace=pace,
         )
         measure(output.stem, settings, output)
 
@@ -101,8 +105,11 @@ def measure(name: str, settings: Settings, output: Path, notes: str = "") -> Non
         report(f"going on after {len(runs.runs)} runs")
     logs = cache_root() / "logs"
     try:
-        with _Display(settings, runs.runs) as display, LoadClient(logs / "bench-client.log") as client:
-            Sweep(settings, client, runs, Events(report, display.show), logs).measure()
+        with ExitStack() as stack:
+            pace = stack.enter_context(Pace(logs / "bench-pace.log")) if settings.pace else None
+            client = stack.enter_context(LoadClient(logs / "bench-client.log"))
+            display = stack.enter_context(_Display(settings, runs.runs))
+            Sweep(settings, client, runs, Events(report, display.show), logs, pace).measure()
     finally:
         if runs.runs:
             _conclude(settings, runs, file, notes)
