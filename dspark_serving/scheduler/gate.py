@@ -21,9 +21,15 @@ _SPREAD = 0.6
 """Relative uncertainty of the advantage after a single round of a single request, with some reserve."""
 
 
+_SLOWER, _FASTER = 0.4, 0.8
+"""Logarithms of measured over predicted seconds that a single round may tell."""
+
 _OCTAVES = 9
 REGIMES = 2 * _OCTAVES
 """Loads that are told apart: 1, 2, 4, ..., 256 requests, most of them greedy or most of them sampled."""
+_MODE_M, _OCTAVE_M = np.divmod(np.arange(REGIMES), _OCTAVES)
+_NEARNESS_MM = 0.5 ** (np.abs(_OCTAVE_M[:, None] - _OCTAVE_M) + (_MODE_M[:, None] != _MODE_M))
+"""What a round at one load says of another: half an octave further, half between greedy and sampled."""
 
 
 def regime(requests: int, sampled: int) -> int:
@@ -219,16 +225,17 @@ class SlowRatio:
 class TimeBias:
     """Measured over predicted seconds of one way of decoding, by load (see `regime`).
 
-    The mean logarithm, of clipped samples, so that no hiccup moves it far. A load that was not met yet has the bias
-    that was seen last, which counts as `prior` samples.
+    The mean logarithm, of clipped samples, so that no hiccup moves it far: accidents slow a round down, none makes it
+    faster, so fast ones are clipped less. A load that was not met yet has the bias of those that were, by how near they
+    are and how much was seen there.
     """
 
-    def __init__(self, *, prior: float, clip: float = 0.4, slowest: float = 1 / 32) -> None:
-        self._prior, self._clip, self._slowest = prior, clip, slowest
+    def __init__(self, *, prior: float, slowest: float = 1 / 32) -> None:
+        """The first sample at a load counts 1 / (1 + prior), no later one less than `slowest`."""
+        self._prior, self._slowest = prior, slowest
         self._log_M = np.zeros(REGIMES)
         self._seen_M = np.zeros(REGIMES)
         self._met_M = np.zeros(REGIMES, dtype=bool)
-        self._last = 0.0
 
     def value(self, load: int) -> float:
         """The factor that predictions should have had."""
@@ -238,8 +245,7 @@ class TimeBias:
         """Add a round, both > 0; returns the logarithm by which it was unexpected."""
         error = math.log(measured / predicted) - self._log(load)
         weight = max(1.0 / (float(self._seen_M[load]) + 1.0 + self._prior), self._slowest)
-        self._last = self._log(load) + weight * min(max(error, -self._clip), self._clip)
-        self._log_M[load] = self._last
+        self._log_M[load] = self._log(load) + weight * min(max(error, -_FASTER), _SLOWER)
         self._met_M[load] = True
         self._seen_M[load] += 1.0
         return error
@@ -249,4 +255,7 @@ class TimeBias:
         self._seen_M[load] *= 1.0 - self._slowest
 
     def _log(self, load: int) -> float:
-        return float(self._log_M[load]) if self._met_M[load] else self._last
+        if self._met_M[load]:
+            return float(self._log_M[load])
+        weight_M = self._seen_M * _NEARNESS_MM[load]
+        return float(weight_M @ self._log_M) / (1.0 + float(weight_M.sum()))
