@@ -47,6 +47,7 @@ def main(
     ] = 2,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of an answer, in the mean.")] = 64,
     bundles: Annotated[Path, typer.Option(help="Directory with a drafter of each family.")] = _BUNDLES,
+    pace: Annotated[bool, typer.Option("--pace", help="Also tell how fast an unsteady machine was.")] = False,
     output: Annotated[Path, typer.Option(help="JSON file; a table and a plot are written beside it.")] = _RESULT,
 ) -> None:
     """Measure drafters of all families with and without the scheduler's truncation; interrupted, it resumes."""
@@ -65,6 +66,7 @@ def main(
             baseline="off",
             candidate=None,
             together=True,
+            pace=pace,
         )
         announce(settings)
         notes = "`off` is plain decoding on the first family's server; FAMILY-full verifies every draft."
