@@ -80,6 +80,14 @@ def test_a_promising_look_goes_on_until_it_is_sure() -> None:
     assert verdicts == ["probe"] * 7 + ["draft"] * 3
 
 
+@pytest.mark.parametrize(("advantage", "first", "last"), [(0.9, 2, 6), (0.6, 0, 0)])
+def test_one_unlucky_round_does_not_end_a_look_at_a_single_request(advantage: float, first: int, last: int) -> None:
+    gate = resting(requests=1)
+    while step(gate, 1.5, requests=1) != "probe":
+        pass
+    assert first <= [step(gate, advantage, requests=1) for _ in range(20)].index("off") <= last
+
+
 def test_wrong_starts_by_prediction_ask_for_clearer_ones() -> None:
     gate, started = resting(), []
     for i in range(40):

@@ -164,10 +164,9 @@ class DraftGate:
         return "probe"
 
     def _while_looking(self, advantage: float, requests: int, context: int) -> Verdict:
-        if advantage <= 1.0 + self._margin:
-            if self._drafted <= 1:
-                self._interval = min(2 * self._interval, self._longest)
-                self._newcomers_interval = min(2 * self._newcomers_interval, self._shortest)
+        if advantage * (1.0 + 0.5 * self._doubt(requests)) <= 1.0 + self._margin:
+            self._interval = min(2 * self._interval, self._longest)
+            self._newcomers_interval = min(2 * self._newcomers_interval, self._shortest)
             self._earned = min(math.ceil(max(self._lost, 0.0) / _LOOK_SHARE), self._longest), requests
             self._rest(requests, context)
             return "off"
