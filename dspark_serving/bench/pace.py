@@ -1,8 +1,8 @@
 """How fast the machine was during a run: what a fixed piece of work took beside it.
 
-The cores of a rented machine share caches, memory and clock with other tenants, and are up to half as fast again or as
-slow from one minute to the next. Comparing arms that ran in different minutes is fair when each run's time is divided
-by what the same work took during it.
+The cores of a rented machine share caches, memory and clock with other tenants, and were seen to be half as fast in one
+minute as in another. Arms that ran in different minutes are compared more fairly when each run's time is divided by
+what the same work took during it; not exactly, since a server's work is not slowed as much as this at every batch size.
 """
 
 from __future__ import annotations

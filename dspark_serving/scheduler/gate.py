@@ -164,6 +164,7 @@ class DraftGate:
         return "probe"
 
     def _while_looking(self, advantage: float, requests: int, context: int) -> Verdict:
+        # Half of the doubt: a look that goes on costs what drafting in vain costs, and another one will come.
         if advantage * (1.0 + 0.5 * self._doubt(requests)) <= 1.0 + self._margin:
             self._interval = min(2 * self._interval, self._longest)
             self._newcomers_interval = min(2 * self._newcomers_interval, self._shortest)
@@ -235,6 +236,7 @@ class TimeBias:
         self._log_M = np.zeros(REGIMES)
         self._seen_M = np.zeros(REGIMES)
         self._met_M = np.zeros(REGIMES, dtype=bool)
+        self._around: dict[int, float] = {}  # what the loads around one say that was not met, until the next round
 
     def value(self, load: int) -> float:
         """The factor that predictions should have had."""
@@ -246,15 +248,20 @@ class TimeBias:
         weight = max(1.0 / (float(self._seen_M[load]) + 1.0 + self._prior), self._slowest)
         self._log_M[load] = self._log(load) + weight * min(max(error, -_FASTER), _SLOWER)
         self._met_M[load] = True
+        self._around.clear()
         self._seen_M[load] += 1.0
         return error
 
     def doubt(self, load: int) -> None:
         """A round was decoded the other way: the older what was seen here, the more the next sample counts."""
         self._seen_M[load] *= 1.0 - self._slowest
+        self._around.clear()
 
     def _log(self, load: int) -> float:
         if self._met_M[load]:
             return float(self._log_M[load])
-        weight_M = self._seen_M * _NEARNESS_MM[load]
-        return float(weight_M @ self._log_M) / (1.0 + float(weight_M.sum()))
+        around = self._around.get(load)
+        if around is None:
+            weight_M = self._seen_M * _NEARNESS_MM[load]
+            around = self._around[load] = float(weight_M @ self._log_M) / (1.0 + float(weight_M.sum()))
+        return around
